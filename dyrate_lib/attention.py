@@ -1,0 +1,126 @@
+"""The query row's attention and its shares by token type, and scaled dot-product attention as the loop uses it.
+
+Full attention maps are never made on the generation path: the one row needed is computed apart, so any kernel may do
+the rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+from .masks import PAD, RES
+
+if TYPE_CHECKING:
+    from .models import Adapter
+
+
+def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
+    """[B, kv_heads, T, d] to [B, n_heads, T, d] for grouped-query attention."""
+    return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention of q [B, H, R, d] over k, v [B, H or kv, T, d]: [B, H, R, d].
+
+    allowed: bool, broadcastable to [B, H, R, T], True where a row reads a column; None reads all (or causally).
+    """
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+
+
+def row_attention(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax attention of a few query rows, in float32.
+
+    q: [B, H, R, d] rotated queries; k: [B, H or kv, T, d] rotated keys; allowed: bool [B, T] or [B, R, T].
+    Returns [B, H, R, T] float32, each row summing to 1.
+    """
+    k = repeat_heads(k, q.shape[1])
+    scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    allowed = allowed[:, None, None] if allowed.ndim == 2 else allowed[:, None]
+    return torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+
+
+def shares_by_type(attention: Tensor, types: Tensor) -> Tensor:
+    """Sum of a row's attention over each of the four token types: v_t of `method.md`, step 1.
+
+    attention: [B, H, R, T] float32; types: [B, T]. Returns [B, R, H, 4] (sys, img, ins, res), each summing to 1.
+    """
+    one_hot = F.one_hot(types.clamp(min=0), 4).to(attention.dtype) * (types != PAD)[..., None]
+    return torch.einsum("bhrt,btc->brhc", attention, one_hot)
+
+
+def image_scores(attention: Tensor, image_index: Tensor) -> Tensor:
+    """FastV's importance: head-mean attention of one row over the image tokens.
+
+    attention: [B, H, 1, T]; image_index: [B, N] columns, -1 absent. Returns [B, N] float32, absent tokens -inf.
+    """
+    row = attention[:, :, -1].mean(1)
+    scores = torch.gather(row, 1, image_index.clamp(min=0))
+    return scores.masked_fill(image_index < 0, -torch.inf)
+
+
+def causal_layer(adapter: Adapter, index: int, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One unpruned decoder layer over a whole sequence: (output [B, T, D], q, k, v). `allowed` None means plain causal."""
+    q, k, v = adapter.project(index, adapter.normed_input(index, x), rotary)
+    out = adapter.finish(index, x, attend(q, k, v, allowed, causal=allowed is None))
+    return out, q, k, v
+
+
+def padding_allowed(types: Tensor) -> Tensor | None:
+    """The causal mask with padding columns closed, [B, 1, T, T] bool, or None where nothing is padded."""
+    real = types != PAD
+    if bool(real.all()):
+        return None
+    length = types.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=types.device).tril()
+    eye = torch.eye(length, dtype=torch.bool, device=types.device)
+    return ((causal & real[:, None, :]) | eye)[:, None]
+
+
+def with_response(adapter: Adapter, prompt: Any, response_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A prompt and its response as one sequence: embeds [B, T + R, D], types and position_ids [B, T + R]."""
+    steps = response_ids.shape[1]
+    embeds = torch.cat((prompt.embeds, adapter.embed_tokens(response_ids).to(prompt.embeds.dtype)), dim=1)
+    types = torch.cat((prompt.types, torch.full_like(response_ids, RES)), dim=1)
+    after = prompt.position_ids[:, -1:] + 1 + torch.arange(steps, device=response_ids.device)
+    return embeds, types, torch.cat((prompt.position_ids, after), dim=1)
+
+
+@torch.no_grad()
+def attention_shares(model: Any, inputs: Any, response_ids: Tensor, layers: list[int] | None = None) -> Tensor:
+    """Attention shares of the unpruned model at every layer and iteration (Figs. 1 and 2), teacher-forced.
+
+    inputs: as for `generate`; response_ids: [B, R] int64 (the model's own reply, or a reference).
+    Returns float32 [B, layers, R, H, 4]: at iteration t the query row is the last prompt token (t = 0) or response
+    token t - 1, i.e. the row that predicts response token t. Shares are of sys, img, ins, res and sum to 1.
+
+    Raises:
+        InputError: a layer out of range, or responses of another batch size.
+    """
+    from .models import Adapter
+
+    adapter = Adapter(model)
+    wanted = list(range(adapter.n_layers)) if layers is None else list(layers)
+    if any(not 0 <= layer < adapter.n_layers for layer in wanted):
+        raise InputError(f"Layers {wanted} are not all in 0..{adapter.n_layers - 1}.")
+    if response_ids.ndim != 2 or response_ids.shape[0] != inputs["input_ids"].shape[0]:
+        raise InputError(f"response_ids must be [batch, tokens] for the same batch, got {tuple(response_ids.shape)}.")
+    prompt = adapter.embed(inputs)
+    start, steps = prompt.types.shape[1] - 1, response_ids.shape[1]
+    x, types, position_ids = with_response(adapter, prompt, response_ids)
+    rotary, allowed = adapter.rotary(position_ids, x), padding_allowed(types)
+    total = types.shape[1]
+    rows = torch.arange(start, start + steps, device=types.device)
+    readable = (torch.arange(total, device=types.device) <= rows[:, None]) & (types != PAD)[:, None]
+    out = []
+    for index in range(max(wanted) + 1):
+        x, q, k, _ = causal_layer(adapter, index, x, rotary, allowed)
+        if index in wanted:
+            out.append((index, shares_by_type(row_attention(q[:, :, rows], k, readable), types)))
+    found = dict(out)
+    return torch.stack([found[index] for index in wanted], dim=1)

@@ -1,0 +1,160 @@
+"""The pruned decoder: prefill and decode in plain sight, with preallocated caches in which dropping a token is free.
+
+Layers below P hold the whole sequence as it is. Layers from P on hold `slots` image tokens, least important first,
+then the prompt's text, then the response. Masks are nested, so a step that drops more tokens reads from a later slot
+on: a view, no copy. The rotary position is in the keys already, so the order of slots changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import masks
+from .attention import attend, image_scores, padding_allowed, row_attention, shares_by_type
+from .masks import PAD, RES
+from .methods.base import Method, PruneState
+from .methods.none import NoReduction
+from .models import Adapter, Prompt
+
+
+class PrunedDecoder:
+    """One batch from prompt to reply under a method: `prefill()` once, then `decode(token)` for each further token.
+
+    capacity: how many tokens may be generated; the caches are allocated for it.
+    After each call `shares` is [B, H, 4] of the feature layer's newest row and `state` says what is read.
+    """
+
+    def __init__(self, adapter: Adapter, prompt: Prompt, method: Method | None, capacity: int) -> None:
+        self.adapter, self.prompt, self.method = adapter, prompt, method or NoReduction()
+        self.capacity = capacity
+        self.layer = self.method.prepare(adapter.n_layers, adapter.n_heads, prompt.embeds.device)
+        self.feature_layer = self.layer - 1 if self.layer < adapter.n_layers else min(1, adapter.n_layers - 1)
+        self.state = PruneState(
+            self.method, self.layer, adapter.n_layers, prompt.types, prompt.image_index, prompt.content_key
+        )
+        self.shares: Tensor | None = None
+        self.steps = 0
+        self._caches: dict[int, tuple[Tensor, Tensor]] = {}
+        self._filled: dict[int, int] = {}
+        # what stands in each slot of the layers >= P: True for tokens, False for padding
+        self._occupied: Tensor | None = None
+        self._real = prompt.types != PAD
+        self._padded = not bool(self._real.all())
+
+    @torch.no_grad()
+    def prefill(self) -> Tensor:
+        """Read the prompt. Returns the logits of the first response token, [B, vocab]."""
+        prompt, state = self.prompt, self.state
+        x, rotary = prompt.embeds, self.adapter.rotary(prompt.position_ids, prompt.embeds)
+        allowed = padding_allowed(prompt.types)
+        for index in range(self.adapter.n_layers):
+            if index == self.layer:
+                x, rotary, allowed = self._enter_tail(x)
+            elif index > self.layer and state.slots[index] < state.slots[index - 1]:
+                x, rotary, allowed = self._shrink(index, x, rotary)
+            q, k, v = self.adapter.project(index, self.adapter.normed_input(index, x), rotary)
+            self._store(index, k, v)
+            x = self.adapter.finish(index, x, attend(q, k, v, allowed, causal=allowed is None))
+            if index == self.feature_layer:
+                self._look(q[:, :, -1:], k, self._real)
+                if self.layer >= self.adapter.n_layers:
+                    state.kept = state.n_image
+                    state.ranking = torch.arange(state.image_index.shape[1], device=x.device).expand_as(state.image_index)
+                    state.reads = state.present
+                else:
+                    state.start(self.shares, self._scores)
+        return self.adapter.logits(x[:, -1])
+
+    @torch.no_grad()
+    def decode(self, token: Tensor) -> Tensor:
+        """Append `token` [B] int64 to every sample. Returns the logits of the next token, [B, vocab]."""
+        state = self.state
+        self.steps += 1
+        x = self.adapter.embed_tokens(token[:, None]).to(self.prompt.embeds.dtype)
+        rotary = self.adapter.rotary(self.prompt.position_ids[:, -1:] + self.steps, x)
+        for index in range(self.adapter.n_layers):
+            q, k, v = self.adapter.project(index, self.adapter.normed_input(index, x), rotary)
+            keys, values = self._store(index, k, v)
+            if index < self.layer:
+                allowed = self._readable(self._real, index)[:, None, None] if self._padded else None
+            else:
+                first = state.start_slot(index)
+                allowed = self._tail_readable(index)
+                keys, values = keys[:, :, first:], values[:, :, first:]
+                allowed = None if allowed is None else allowed[:, None, None, first:]
+            x = self.adapter.finish(index, x, attend(q, keys, values, allowed))
+            if index == self.feature_layer:
+                self._look(q, keys, self._readable(self._real, index))
+                if self.layer < self.adapter.n_layers:
+                    state.advance(self.shares, self._scores)
+        return self.adapter.logits(x[:, -1])
+
+    # -- what a query row sees ------------------------------------------------------------------------------------
+
+    def _look(self, q: Tensor, keys: Tensor, readable: Tensor) -> None:
+        """Attention of the newest row at the feature layer: shares by type, and scores of the image tokens."""
+        attention = row_attention(q, keys, readable)
+        fresh = keys.shape[2] - self.prompt.types.shape[1]
+        types = torch.nn.functional.pad(self.prompt.types, (0, fresh), value=RES)
+        self.shares = shares_by_type(attention, types)[:, 0]
+        self._scores = image_scores(attention, self.prompt.image_index)
+
+    def _readable(self, occupied: Tensor, index: int) -> Tensor:
+        """[B, entries of layer `index`] bool: the prompt's occupied entries and every response token."""
+        return torch.nn.functional.pad(occupied, (0, self._filled[index] - occupied.shape[1]), value=True)
+
+    def _tail_readable(self, index: int) -> Tensor | None:
+        """[B, entries] bool of a layer >= P, or None where every sample reads everything from the first slot on."""
+        state, n = self.state, self.state.slots[index]
+        uniform = not (state.method.rank == "step" or state.method.reversible) and bool(
+            (state.layer_kept(index) == state.layer_kept(index)[0]).all()
+        )
+        text = self._occupied[:, self._occupied.shape[1] - self._n_text :]
+        if uniform and not self._text_padded:
+            return None
+        return self._readable(torch.cat((state.slot_reads(index), text), dim=1), index) if n else self._readable(text, index)
+
+    # -- the layers from P on -------------------------------------------------------------------------------------
+
+    def _enter_tail(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Drop the tokens: gather what layers >= P receive, in slot order, with positions and mask to match."""
+        columns, self._occupied = self.state.tail()
+        self._columns = columns
+        n = self.state.slots[self.layer]
+        self._n_text = columns.shape[1] - n
+        self._text_padded = not bool(self._occupied[:, n:].all())
+        x = torch.gather(x, 1, columns[..., None].expand(-1, -1, x.shape[-1]))
+        rotary = self.adapter.rotary(torch.gather(self.prompt.position_ids, 1, columns), x)
+        return x, rotary, self._tail_allowed(self.layer)
+
+    def _shrink(self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """A deeper layer keeps fewer: its lowest slots leave at the front."""
+        drop = self.state.slots[index - 1] - self.state.slots[index]
+        rotary = (rotary[0][:, drop:], rotary[1][:, drop:])
+        return x[:, drop:], rotary, self._tail_allowed(index)
+
+    def _tail_allowed(self, index: int) -> Tensor:
+        n, text = self.state.slots[index], self._n_text
+        columns = self._columns[:, self._columns.shape[1] - n - text :]
+        readable = torch.cat((self.state.slot_reads(index), self._occupied[:, self._occupied.shape[1] - text :]), dim=1)
+        return masks.causal_allowed(columns, readable)
+
+    def _store(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values behind the old ones, in place; returns views of all so far."""
+        filled = self._filled.get(index, 0)
+        new = filled + k.shape[2]
+        if filled == 0:
+            shape = (*k.shape[:2], k.shape[2] + max(self.capacity - 1, 0), k.shape[3])
+            self._caches[index] = (k.new_empty(shape), v.new_empty(shape))
+        keys, values = self._caches[index]
+        keys[:, :, filled:new], values[:, :, filled:new] = k, v
+        self._filled[index] = new
+        return keys[:, :, :new], values[:, :, :new]
+
+    def kv_lengths(self) -> list[int]:
+        """Entries that each layer's next query would read besides its own (the largest of the batch), layer by layer."""
+        return [
+            self._filled[index] - (self.state.start_slot(index) if index >= self.layer else 0)
+            for index in range(self.adapter.n_layers)
+        ]

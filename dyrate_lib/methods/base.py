@@ -1,0 +1,195 @@
+"""What a pruning method is: a small dataclass that says which image tokens stay, at prefill and at each later step.
+
+A method knows nothing of models or caches. It is asked twice: `order` and `prefill` once, when the prompt has been read
+up to layer P; `step` before each further token. Who asks is either our own loop (`generation.generate`) or the hooks
+that `method(model)` puts on a stock model (`hooks.StockPruning`); both share `PruneState`, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import masks
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..hooks import StockPruning
+
+
+@dataclass(frozen=True)
+class PrefillView:
+    """What a method sees at prefill, for B samples of up to N image tokens and H heads.
+
+    scores [B, N] float32: head-mean attention of the last prompt token at layer P - 1 (-inf where absent);
+    shares [B, H, 4] float32; n_image [B] int64; content_key [B] int64, one number a sample, the same in any batch.
+    """
+
+    scores: Tensor
+    shares: Tensor
+    n_image: Tensor
+    content_key: Tensor
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a method sees before it reads the image again at decode step `step` >= 1.
+
+    shares [B, H, 4] of the newest query row; kept [B] int64 so far; n_image [B] int64.
+    """
+
+    step: int
+    shares: Tensor
+    kept: Tensor
+    n_image: Tensor
+
+
+class Method:
+    """Base of all methods. Subclasses are dataclasses with a `layer` (P) and override what they need.
+
+    rank: "prefill" orders the tokens once; "step" orders them anew by each newest query row.
+    reversible: a dropped token may come back, its keys and values are kept and only what is read falls.
+    refresh: no cache, the whole sequence is run and pruned anew for every token (the original FastV).
+    """
+
+    name: ClassVar[str] = ""
+    rank: str = "prefill"
+    reversible: bool = False
+    refresh: bool = False
+    layer: int | None = None
+
+    def resolve_layer(self, n_layers: int) -> int:
+        """P for a model of `n_layers`: layers 0..P-1 see every token.
+
+        Raises:
+            InputError: P is not in 1..n_layers-1.
+        """
+        if self.layer is None or isinstance(self.layer, bool) or int(self.layer) != self.layer or not 1 <= self.layer < n_layers:
+            raise InputError(
+                f"{type(self).__name__}: layer={self.layer} is out of range: layers 0..layer-1 see every token, so choose a "
+                f"whole number from 1 to {n_layers - 1} for this model of {n_layers} layers."
+            )
+        return int(self.layer)
+
+    def prepare(self, n_layers: int, n_heads: int, device: torch.device) -> int:
+        """Check the settings against a model before any work; returns P."""
+        return self.resolve_layer(n_layers)
+
+    def order(self, view: PrefillView) -> Tensor:
+        """Image tokens from the most to the least important, [B, N] int64. Default: FastV's rule."""
+        return masks.rank_tokens(view.scores)
+
+    def prefill(self, view: PrefillView) -> Tensor:
+        """Tokens kept at prefill, [B] int64."""
+        raise InputError(f"{type(self).__name__} does not say how many tokens to keep: define prefill().")
+
+    def step(self, view: StepView) -> Tensor:
+        """Tokens kept at a decode step, [B] int64. Default: as before."""
+        return view.kept
+
+    def caps(self, layer: int, n_image: Tensor) -> Tensor | None:
+        """The most tokens that layer `layer` >= P may keep, [B] int64, or None for no cap of its own."""
+        return None
+
+    def __call__(self, model: Any) -> StockPruning:
+        """A context manager under which stock `model.generate` prunes; on leaving it the model is as before."""
+        from ..hooks import StockPruning
+
+        return StockPruning(model, self)
+
+
+def check_rate(owner: Method, rate: float) -> float:
+    """A share of tokens to remove, in [0, 1].
+
+    Raises:
+        InputError: not a number in that range.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise InputError(f"{type(owner).__name__}: rate={rate!r} must be the share of image tokens to remove, from 0 to 1.")
+    return float(rate)
+
+
+def round_kept(n_image: Tensor, rate: float) -> Tensor:
+    """round(N (1 - R)), to even at a half, as FastV's code counts. [B] int64."""
+    return torch.round(n_image.double() * (1.0 - rate)).long()
+
+
+class PruneState:
+    """Which image tokens of each sample are read now, and where they lie in the layers >= P. Tensors only, no model.
+
+    Slots: image tokens of the layers >= P lie in `n_slots` slots, least important first, before the text
+    (`masks.tail_order`). While tokens only leave from the low end of one ranking, what is read is a suffix of the slots.
+    """
+
+    def __init__(self, method: Method, layer: int, n_layers: int, types: Tensor, image_index: Tensor, content_key: Tensor) -> None:
+        self.method, self.layer, self.n_layers = method, layer, n_layers
+        self.types, self.image_index, self.content_key = types, image_index, content_key
+        self.present = image_index >= 0
+        self.n_image = self.present.sum(-1)
+        self.steps = 0
+        self.ranking = self.kept = self.reads = None
+        self.slots: dict[int, int] = {}
+
+    def start(self, shares: Tensor, scores: Tensor) -> None:
+        """Order the tokens and choose how many stay for the prompt. shares [B, H, 4]; scores [B, N]."""
+        view = PrefillView(scores, shares, self.n_image, self.content_key)
+        order = self.method.order(view)
+        # absent tokens last, whatever the method says
+        late = torch.gather(~self.present, 1, order).long()
+        self.ranking = torch.gather(order, 1, torch.argsort(late, dim=-1, stable=True))
+        self.kept = torch.minimum(self.method.prefill(view).clamp(min=0), self.n_image)
+        self.reads = masks.ranking_to_tokens(masks.prefix_masks(self.kept, self.ranking.shape[1]), self.ranking)
+        for layer in range(self.layer, self.n_layers):
+            rows = self.n_image if self.method.reversible else self.layer_kept(layer)
+            self.slots[layer] = int(rows.max()) if rows.numel() else 0
+
+    def advance(self, shares: Tensor, scores: Tensor) -> None:
+        """Let the method look at the newest query row and drop (or, if reversible, restore) tokens."""
+        self.steps += 1
+        kept = self.method.step(StepView(self.steps, shares, self.kept, self.n_image)).clamp(min=0)
+        kept = torch.minimum(kept, self.n_image if self.method.reversible else self.kept)
+        if self.method.rank == "step":
+            candidates = scores if self.method.reversible else scores.masked_fill(~self.reads, -torch.inf)
+            order = masks.rank_tokens(candidates, self.present)
+        else:
+            order = self.ranking
+        self.reads = masks.ranking_to_tokens(masks.prefix_masks(kept, order.shape[1]), order)
+        self.kept = kept
+
+    def layer_kept(self, layer: int) -> Tensor:
+        """[B] int64: image tokens that layer `layer` reads now."""
+        if layer < self.layer:
+            return self.n_image
+        cap = self.method.caps(layer, self.n_image)
+        return self.kept if cap is None else torch.minimum(self.kept, cap)
+
+    def start_slot(self, layer: int) -> int:
+        """The first slot of layer `layer` that any sample still reads."""
+        if self.method.rank == "step" or self.method.reversible:
+            return 0
+        return self.slots[layer] - int(self.layer_kept(layer).max())
+
+    def slot_reads(self, layer: int) -> Tensor:
+        """[B, slots of the layer] bool: the slots that hold a token which this sample reads at this layer now."""
+        n = self.slots[layer]
+        if self.method.rank == "step" or self.method.reversible:
+            return masks.slot_reads(self.reads, self.ranking, n)
+        return masks.prefix_masks(self.layer_kept(layer), n).flip(-1)
+
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Columns [B, S] and occupancy [B, S] bool of the prompt's tokens as layer P receives them (`masks.tail_order`)."""
+        columns, valid = masks.tail_order(self.types, self.image_index, self.ranking, self.slots[self.layer])
+        if not self.method.reversible:
+            n = self.slots[self.layer]
+            valid = torch.cat((valid[:, :n] & self.slot_reads(self.layer), valid[:, n:]), dim=1)
+        return columns, valid
+
+    def select(self, index: Tensor) -> None:
+        """Reorder the samples (beam search): every per-sample tensor takes rows `index`."""
+        for key in ("types", "image_index", "content_key", "present", "n_image", "ranking", "kept", "reads"):
+            value = getattr(self, key)
+            if value is not None:
+                setattr(self, key, value.index_select(0, index.to(value.device)))

@@ -1,0 +1,70 @@
+"""DyRate: a linear classifier reads the attention shares of each newest token and sets the pruning rate.
+
+Source: Liang et al., "Dynamic Token Reduction during Generation for Vision Language Models", Secs. III-B and III-C;
+no code was released, so this is the reading written down in DEVIATIONS.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import masks
+from ..errors import InputError
+from ..predictor import RatePredictor
+from .base import Method, PrefillView, StepView
+
+
+@dataclass
+class DyRate(Method):
+    """At each step k = argmax of the predictor on v_t (4 shares a head, layer P - 1); keep N - floor(r_k N) tokens.
+
+    predictor: a trained `RatePredictor`, or the path of one. layer: P; None takes the predictor's own (3 if it has none).
+    rank: "prefill" (the paper: FastV's rule, ranked once) or "step" (ranked anew by each newest query row).
+    reversible: a dropped token may come back; then the prompt is read in full and only the reads of the cache fall.
+    """
+
+    predictor: RatePredictor | str | Path
+    layer: int | None = None
+    rank: str = "prefill"
+    reversible: bool = False
+    name: ClassVar[str] = "dyrate"
+    _placed: RatePredictor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.predictor, str | Path):
+            self.predictor = RatePredictor.load(self.predictor)
+        if not isinstance(self.predictor, RatePredictor):
+            raise InputError(f"DyRate: predictor must be a RatePredictor or the path of one, got {type(self.predictor).__name__}.")
+        if self.rank not in ("prefill", "step"):
+            raise InputError(f"DyRate: rank={self.rank!r} must be 'prefill' or 'step'.")
+        trained = self.predictor.layer
+        if self.layer is None:
+            self.layer = 3 if trained is None else trained
+        elif trained is not None and trained != self.layer:
+            raise InputError(f"DyRate: the predictor was trained for layer {trained}, not {self.layer}: leave layer out, or train one.")
+
+    def prepare(self, n_layers: int, n_heads: int, device: torch.device) -> int:
+        layer = self.resolve_layer(n_layers)
+        if self.predictor.n_heads != n_heads:
+            raise InputError(
+                f"DyRate: the predictor reads {self.predictor.n_heads} heads, the model has {n_heads}: it was trained for "
+                "another model; train one for this model (notebook 02)."
+            )
+        self._placed = copy.deepcopy(self.predictor).to(device)
+        return layer
+
+    def _kept(self, shares: Tensor, n_image: Tensor) -> Tensor:
+        rate = self._placed(shares).argmax(-1, keepdim=True)
+        return masks.kept_counts(n_image, self.predictor.n_rates).gather(-1, rate)[..., 0]
+
+    def prefill(self, view: PrefillView) -> Tensor:
+        return self._kept(view.shares, view.n_image)
+
+    def step(self, view: StepView) -> Tensor:
+        return self._kept(view.shares, view.n_image)

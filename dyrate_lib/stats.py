@@ -1,0 +1,108 @@
+"""Intervals and differences, so that no score stands without its uncertainty. Pure NumPy, deterministic by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import InputError
+
+_CHUNK = 4_000_000  # resampled numbers held at once: 32 MB
+
+
+def _values(scores: Sequence[float] | np.ndarray, name: str = "scores") -> np.ndarray:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or values.size < 1:
+        raise InputError(f"{name} must be a list of at least one number, not of shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} holds a value that is not a finite number")
+    return values
+
+
+def _check(level: float, n: int) -> None:
+    if not 0 < level < 1:
+        raise InputError(f"level must lie between 0 and 1, not {level}")
+    if n < 1:
+        raise InputError(f"at least one resample is needed, not {n}")
+
+
+def bootstrap_means(per_image: Sequence[float] | np.ndarray, n: int = 1000, seed: int = 0) -> np.ndarray:
+    """[n] float64 means of resamples, with replacement, of the per-image scores. The pictures are what is resampled."""
+    values = _values(per_image)
+    _check(0.5, n)
+    random = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // values.size)
+    means = [
+        values[random.integers(0, values.size, size=(min(rows, n - start), values.size))].mean(axis=1)
+        for start in range(0, n, rows)
+    ]
+    return np.concatenate(means)
+
+
+def bootstrap_interval(
+    per_image: Sequence[float] | np.ndarray, n: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean score over pictures.
+
+    For CIDEr the corpus score is the mean of per-image scores, so resampling these resamples the corpus with one
+    difference: the idf weights stay those of the whole set, they are not estimated anew in every resample. The interval
+    therefore holds for "other pictures, the same weighting of words".
+
+    Args:
+        per_image: [pictures] scores in the unit of the mean (CIDEr x 100).
+        n, seed: number of resamples and their seed; level: coverage.
+
+    Returns:
+        (lo, hi). With one picture both equal its score: nothing is known about the spread.
+
+    Raises:
+        InputError: no scores, scores that are not finite, a level outside (0, 1), n below 1.
+    """
+    _check(level, n)
+    lo, hi = np.quantile(bootstrap_means(per_image, n, seed), [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)
+
+
+def paired_difference(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """Mean of `a - b` over the same pictures, with its bootstrap interval: (mean, lo, hi).
+
+    Pairing removes the spread between easy and hard pictures, which is far larger than that between methods.
+    Raises InputError when the two do not have one score for each of the same number of pictures.
+    """
+    first, second = _values(a, "a"), _values(b, "b")
+    if first.shape != second.shape:
+        raise InputError(f"paired scores must come from the same pictures: {first.size} against {second.size}")
+    difference = first - second
+    lo, hi = bootstrap_interval(difference, n, seed, level)
+    return float(difference.mean()), lo, hi
+
+
+def proportion_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, (lo, hi) in 0..1; sound at 0 and at n successes as well.
+
+    Raises InputError unless 0 <= successes <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise InputError(f"{successes} of {n} is not a proportion")
+    _check(level, 1)
+    z = _normal_quantile((1 + level) / 2)
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # at the ends one bound is the end itself; rounding must not move it
+    lo = 0.0 if successes == 0 else max(0.0, centre - half)
+    hi = 1.0 if successes == n else min(1.0, centre + half)
+    return float(lo), float(hi)
+
+
+def _normal_quantile(p: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf(p)

@@ -1,0 +1,259 @@
+"""Training the rate predictor: teacher forcing, straight-through Gumbel-softmax, cross-entropy plus a FLOPs term.
+
+The VLM is frozen; only the predictor learns. Since layers < P see every token, the attention shares v_t of all steps
+come from one unpruned pass and do not depend on the rates drawn, so one forward pass trains all steps of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import masks
+from .accounting import flop_steps
+from .attention import causal_layer, image_scores, padding_allowed, repeat_heads, row_attention, shares_by_type, with_response
+from .errors import InputError
+from .masks import PAD
+from .models import Adapter, ModelInfo, Prompt, chat_prompt, model_info, prepare_inputs
+from .predictor import RatePredictor
+
+
+@dataclass
+class TrainResult:
+    """A trained predictor and its history: a list of dicts (step, loss, ce, flops_ratio, hard_ratio, tau)."""
+
+    predictor: RatePredictor
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class TeacherForced:
+    """One teacher-forced pass up to the input of layer P.
+
+    x [B, T + R, D]: hidden states; shares [B, R, H, 4]: features of the rows that predict the R response tokens;
+    scores [B, N]: importance of the image tokens; rotary, types, readable as the layers >= P need them.
+    """
+
+    prompt: Prompt
+    x: Tensor
+    shares: Tensor
+    scores: Tensor
+    rotary: tuple[Tensor, Tensor]
+    layer: int
+    steps: int
+
+    @property
+    def ranking(self) -> Tensor:
+        """[B, N] int64: FastV's rule, ranked once by the last prompt row."""
+        return masks.rank_tokens(self.scores)
+
+
+@torch.no_grad()
+def read_prompt_and_response(adapter: Adapter, prompt: Prompt, response_ids: Tensor, layer: int) -> TeacherForced:
+    """Run layers 0..P-1 on prompt and response, unpruned. response_ids: [B, R] int64."""
+    steps = response_ids.shape[1]
+    x, types, position_ids = with_response(adapter, prompt, response_ids)
+    rotary, allowed = adapter.rotary(position_ids, x), padding_allowed(types)
+    start, total = prompt.types.shape[1] - 1, types.shape[1]
+    for index in range(layer):
+        x, q, k, _ = causal_layer(adapter, index, x, rotary, allowed)
+    rows = torch.arange(start, start + steps, device=types.device)
+    readable = (torch.arange(total, device=types.device) <= rows[:, None]) & (types != PAD)[:, None]
+    attention = row_attention(q[:, :, rows], k, readable)
+    shares = shares_by_type(attention, types)
+    scores = image_scores(attention[:, :, :1], prompt.image_index)
+    return TeacherForced(prompt, x, shares, scores, rotary, layer, steps)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention with a multiplicative mask (eq. 6), differentiable in the mask: exp(s) m / sum exp(s) m.
+
+    q, k, v: [B, H, T, d]; mask: [B, T, T] in [0, 1], causal part included. Dropped entries are multiplied away rather
+    than set to minus infinity: their gradient tells the predictor what keeping them would have done.
+    """
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    mask = mask[:, None].float()
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    top = scores.masked_fill(~causal, -torch.inf).amax(-1, keepdim=True).detach()
+    weights = torch.exp((scores - top).clamp(max=0.0)) * mask
+    return ((weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)).to(v.dtype)) @ v
+
+
+def masked_logits(adapter: Adapter, forced: TeacherForced, image_keep: Tensor) -> Tensor:
+    """Layers >= P under masks, and the logits of the response: [B, R, vocab].
+
+    image_keep: [B, R, N] over the ranking; row t is the mask of the row that predicts response token t (row 0: every
+    prompt row). The row of the last response token predicts nothing here, it repeats the mask before it.
+    """
+    raster = masks.ranking_to_tokens(image_keep, forced.ranking[:, None])
+    raster = torch.cat((raster, raster[:, -1:]), dim=1)
+    mask = masks.response_mask(raster, forced.prompt.image_index, forced.prompt.types, forced.steps)
+    x = forced.x
+    for index in range(forced.layer, adapter.n_layers):
+        q, k, v = adapter.project(index, adapter.normed_input(index, x), forced.rotary)
+        x = adapter.finish(index, x, masked_attention(q, k, v, mask))
+    start = forced.prompt.types.shape[1] - 1
+    return adapter.logits(x[:, start : start + forced.steps])
+
+
+def flops_table(info: ModelInfo, prompt_length: int, n_image: int, steps: int, layer: int, n_rates: int, convention: str) -> tuple[Tensor, float]:
+    """FLOPs of each step under each rate: ([steps, n_rates] float64, unpruned total).
+
+    A step's FLOPs depend on that step's own kept count only (the prefill's on the first), so a path's cost is a sum
+    over this table and its expectation is linear in the rates' distribution.
+    """
+    counts = masks.kept_counts(torch.tensor(n_image), n_rates).tolist()
+    columns = []
+    for kept in counts:
+        by_layer = torch.full((steps, info.n_layers), float(n_image), dtype=torch.float64)
+        by_layer[:, layer:] = float(kept)
+        columns.append(torch.as_tensor(flop_steps(info, prompt_length, n_image, by_layer.numpy(), convention)))
+    table = torch.stack(columns, dim=-1).double()
+    return table, float(table[:, 0].sum())
+
+
+class FlopsRatio:
+    """FLOPs ratio of a batch's paths, as a differentiable function of the rates' distribution at each step."""
+
+    def __init__(self, info: ModelInfo, layer: int, n_rates: int, convention: str) -> None:
+        self.info, self.layer, self.n_rates, self.convention = info, layer, n_rates, convention
+        self._tables: dict[tuple[int, int, int], tuple[Tensor, float]] = {}
+
+    def __call__(self, distribution: Tensor, prompt: Prompt, lengths: Sequence[int]) -> Tensor:
+        """[B, R, n_rates] distribution of the rate in force at each step; lengths: valid steps. Returns [B]."""
+        out = []
+        triples = zip(prompt.length.tolist(), prompt.n_image.tolist(), lengths, strict=True)
+        for row, key in zip(distribution, triples, strict=True):
+            if key not in self._tables:
+                self._tables[key] = flops_table(self.info, *key, self.layer, self.n_rates, self.convention)
+            table, whole = self._tables[key]
+            out.append((row[: key[2]].double() * table.to(row.device)).sum() / whole)
+        return torch.stack(out).float()
+
+
+def hard_distribution(logits: Tensor) -> Tensor:
+    """One-hot of the rate that inference would have in force: running maximum of the argmax. [B, R, n_rates]."""
+    return F.one_hot(logits.argmax(-1).cummax(dim=1).values, logits.shape[-1]).to(logits.dtype)
+
+
+def straight_through_argmax(logits: Tensor) -> Tensor:
+    """Argmax one-hots with the softmax's gradient, [B, R, n_rates]."""
+    soft = torch.softmax(logits, dim=-1)
+    return F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype) + soft - soft.detach()
+
+
+def encode_responses(tokenizer: Any, texts: Sequence[str], limit: int, device: Any) -> tuple[Tensor, list[int]]:
+    """Responses as right-padded ids with EOS: ([B, R] int64, lengths)."""
+    rows = []
+    for text in texts:
+        ids = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
+        rows.append([*ids, tokenizer.eos_token_id][:limit])
+    longest = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    padded = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+    return padded, [len(row) for row in rows]
+
+
+def _batches(dataset: Any, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    if len(dataset) == 0:
+        raise InputError("The training set is empty.")
+    size = min(batch_size, len(dataset))
+    while True:
+        order = torch.randperm(len(dataset), generator=generator).tolist()
+        yield from (order[i : i + size] for i in range(0, len(order) - size + 1, size))
+
+
+def train_predictor(
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    *,
+    target: float = 0.333,
+    convention: str = "paper",
+    layer: int = 3,
+    n_rates: int = 10,
+    steps: int = 300,
+    batch_size: int = 16,
+    lr: float = 0.02,
+    lam: float = 20.0,
+    tau: tuple[float, float] = (5.0, 0.5),
+    flops_term: str = "expected",
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    progress: bool = True,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train a `RatePredictor` on a frozen VLM. Deterministic by `seed` on one device.
+
+    dataset: items with `image`, `prompt` (user text) and `references`; one reference is drawn at random each time.
+    target: the FLOPs ratio to reach, in `convention` ("paper", "paper-prefill" or "cached", named in the file).
+    Loss = cross-entropy on the response + lam * (FLOPs ratio of the batch - target)^2. tau: Gumbel temperature, from
+    the first to the last step, geometric.
+    flops_term: "expected", the exact expectation under independent draws (discarding is final, so the rate in force is
+    the highest so far), or "argmax", the path that inference takes, straight through.
+
+    Raises:
+        InputError: a setting out of range, raised before the model runs.
+    """
+    adapter, info = Adapter(model), model_info(model)
+    if not 0 < target <= 1:
+        raise InputError(f"target={target} must be a FLOPs ratio in (0, 1].")
+    if not 1 <= layer < adapter.n_layers:
+        raise InputError(f"layer={layer} is out of range: choose 1..{adapter.n_layers - 1} for this model.")
+    if steps < 1 or batch_size < 1 or flops_term not in ("expected", "argmax"):
+        raise InputError("steps and batch_size must be at least 1, flops_term 'expected' or 'argmax'.")
+    from tqdm.auto import tqdm
+
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device=device).manual_seed(seed)
+    predictor = RatePredictor(adapter.n_heads, n_rates, layer).to(device).train()
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=lr)
+    ratio_of = FlopsRatio(info, layer, n_rates, convention)
+    history: list[dict[str, float]] = []
+    batches = _batches(dataset, batch_size, draw)
+    for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress):
+        items = [dataset[i] for i in next(batches)]
+        texts = [item.references[int(torch.randint(len(item.references), (1,), generator=draw))] for item in items]
+        inputs = prepare_inputs(processor, [item.image for item in items], [chat_prompt(item.prompt) for item in items], device)
+        response, lengths = encode_responses(processor.tokenizer, texts, max_new_tokens, device)
+        forced = read_prompt_and_response(adapter, adapter.embed(inputs), response, layer)
+        now = tau[0] * (tau[1] / tau[0]) ** (step / max(steps - 1, 1))
+        figures, loss = predictor_loss(adapter, predictor, forced, response, lengths, ratio_of, now, target, lam, flops_term, noise)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        history.append({"step": step, "loss": float(loss.detach()), **figures, "tau": now})
+        if callback is not None:
+            callback(step, history[-1])
+    predictor.metadata.update(
+        model=info.name, target=target, convention=convention, seed=seed, steps=steps, batch_size=batch_size,
+        lr=lr, lam=lam, tau=list(tau), flops_term=flops_term,
+    )  # fmt: skip
+    return TrainResult(predictor.cpu().eval().requires_grad_(False), history)
+
+
+def predictor_loss(
+    adapter: Adapter, predictor: RatePredictor, forced: TeacherForced, response: Tensor, lengths: Sequence[int],
+    ratio_of: FlopsRatio, tau: float, target: float, lam: float, flops_term: str, noise: torch.Generator | None,
+) -> tuple[dict[str, float], Tensor]:  # fmt: skip
+    """One batch's loss: (figures for the history, scalar with a gradient in the predictor only)."""
+    logits = predictor(forced.shares)
+    one_hot = masks.gumbel_one_hot(logits, tau, noise)
+    rate_masks = masks.prefix_masks(masks.kept_counts(forced.prompt.n_image, predictor.n_rates), forced.scores.shape[1]).float()
+    keep = masks.select_masks(one_hot, rate_masks)
+    predicted = masked_logits(adapter, forced, keep)
+    valid = torch.arange(response.shape[1], device=response.device) < torch.tensor(lengths, device=response.device)[:, None]
+    ce = F.cross_entropy(predicted[valid].float(), response[valid])
+    pi = torch.softmax(logits, dim=-1) if flops_term == "expected" else straight_through_argmax(logits)
+    ratio = ratio_of(masks.running_rate_distribution(pi), forced.prompt, lengths).mean()
+    with torch.no_grad():
+        hard = ratio_of(hard_distribution(logits), forced.prompt, lengths).mean()
+    figures = {"ce": float(ce.detach()), "flops_ratio": float(ratio.detach()), "hard_ratio": float(hard)}
+    return figures, ce + lam * (ratio - target) ** 2
