@@ -43,8 +43,8 @@ class Flops(float):
         value.unpruned_by_part = dict(unpruned_by_part)
         return value
 
-    def __getnewargs__(self) -> tuple[dict[str, float], dict[str, float]]:
-        return self.by_part, self.unpruned_by_part
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Flops, (self.by_part, self.unpruned_by_part)
 
     @property
     def unpruned(self) -> float:
@@ -113,7 +113,7 @@ def token_counts(info: ModelInfo, prompt_length: int, n_image: int, kept_by_laye
     """
     kept = _checked(info, prompt_length, n_image, kept_by_layer)
     text = prompt_length - n_image
-    step = np.arange(kept.shape[0])[:, None]
+    step: Any = np.arange(kept.shape[0])[:, None]
     if not isinstance(kept, np.ndarray):
         import torch
 
@@ -264,7 +264,9 @@ def _checked(info: ModelInfo, prompt_length: int, n_image: int, kept_by_layer: A
     return kept
 
 
-def flop_steps(info: ModelInfo, prompt_length: int, n_image: int, kept_by_layer: Any, convention: str = "cached") -> np.ndarray:
+def flop_steps(
+    info: ModelInfo, prompt_length: int, n_image: int, kept_by_layer: Any, convention: str = "cached"
+) -> np.ndarray:
     """FLOPs of each forward pass apart, [steps] float64; their sum is `flops` (vision and projector are in step 0).
 
     Arguments and errors as there. A step's entry depends on that step's row of `kept_by_layer` only.

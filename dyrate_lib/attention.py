@@ -64,7 +64,9 @@ def image_scores(attention: Tensor, image_index: Tensor) -> Tensor:
     return scores.masked_fill(image_index < 0, -torch.inf)
 
 
-def causal_layer(adapter: Adapter, index: int, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def causal_layer(
+    adapter: Adapter, index: int, x: Tensor, rotary: tuple[Tensor, Tensor], allowed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One unpruned decoder layer over a whole sequence: (output [B, T, D], q, k, v). `allowed` None means plain causal."""
     q, k, v = adapter.project(index, adapter.normed_input(index, x), rotary)
     out = adapter.finish(index, x, attend(q, k, v, allowed, causal=allowed is None))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -196,8 +197,8 @@ def machine_ceilings(device: str | torch.device | None = None, repeats: int = 10
     side = 8192 if on_gpu else 1024
     rates = {}
     for dtype in (torch.bfloat16, torch.float32) if on_gpu else (torch.float32,):
-        a = torch.randn(side, side, device=place).to(dtype)
-        timing = time_callable(lambda a=a: a @ a, place, repeats=repeats)
+        square = torch.randn(side, side, device=place).to(dtype)
+        timing = time_callable(partial(torch.matmul, square, square), place, repeats=repeats)
         rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / timing.median_ms / 1e9
     return {
         "device": device_name(place.type),

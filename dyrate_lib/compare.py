@@ -162,9 +162,9 @@ class Verdict:
 
 
 def load_paper(name: str) -> pd.DataFrame:
-    """One of the paper's tables as printed: `table1`, `table2`, `table3`, `table4a`, `table4b`, or `text` (numbers in the prose).
+    """One of the paper's tables as printed: table1, table2, table3, table4a, table4b, or text (numbers in the prose).
 
-    Numeric cells are floats, unprinted ones NaN; `bold` names the columns set in bold; `quoted` is the row as it stands in the paper.
+    Numeric cells are floats, unprinted ones NaN; `bold` names the columns set in bold; `quoted` is the row as printed.
     """
     folder = paths.data() / "paper"
     file = folder / f"{name}.csv"
@@ -288,7 +288,7 @@ def summary_line(verdicts: Mapping[str, Verdict]) -> str:
 
 
 def save_quantities(measured: Mapping[str, Any], notebook: str, folder: Path | str) -> Path:
-    """Write one notebook's quantities to `folder/quantities_<notebook>.json`, sorted, atomically. InputError on a malformed one."""
+    """Write a notebook's quantities to `folder/quantities_<notebook>.json`, sorted, atomically. InputError if malformed."""
     known = {q for c in claims().values() for q in c.quantities}
     plain = {}
     for name, value in sorted(measured.items()):
@@ -316,7 +316,7 @@ def load_quantities(folder: Path | str) -> dict[str, dict[str, float]]:
 
 
 def side_by_side(paper: pd.DataFrame, ours: pd.DataFrame, on: list[str], values: list[str]) -> pd.DataFrame:
-    """The paper's values and ours as neighbouring columns `<value> paper`, `<value> ours`, rows in the paper's order, ours-only rows last."""
+    """The paper's values and ours side by side: columns `<value> paper`, `<value> ours`; rows only we have come last."""
     for name, table in (("paper", paper), ("ours", ours)):
         lacking = [c for c in [*on, *values] if c not in table.columns]
         if lacking:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 COCO_PROMPT = "Provide a one-sentence caption for the provided image."
-SPLITS = ("train", "val", "test", "novel")
 SCENES_PER_SEED = 1_000_000  # scenes do not end; data sets of different seeds start this far apart
 
 
@@ -137,8 +136,10 @@ def _open_scenes(spec: str, rest: str, n: int | None, seed: int) -> CaptionDatas
 
     family, _, split = rest.partition(":")
     families = (*scenes.FAMILIES, "questions")
-    if family not in families or split not in SPLITS:
-        raise InputError(f"{spec!r}: scenes have the families {', '.join(families)} and the splits {', '.join(SPLITS)}")
+    if family not in families or split not in scenes.SPLITS:
+        raise InputError(
+            f"{spec!r}: scenes have the families {', '.join(families)} and the splits {', '.join(scenes.SPLITS)}"
+        )
     if n is None:
         raise InputError(f"{spec!r}: scenes do not end, say how many with n")
     if n > SCENES_PER_SEED:

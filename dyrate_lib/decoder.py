@@ -60,7 +60,9 @@ class PrunedDecoder:
                 self._look(q[:, :, -1:], k, self._real)
                 if self.layer >= self.adapter.n_layers:
                     state.kept = state.n_image
-                    state.ranking = torch.arange(state.image_index.shape[1], device=x.device).expand_as(state.image_index)
+                    state.ranking = torch.arange(state.image_index.shape[1], device=x.device).expand_as(
+                        state.image_index
+                    )
                     state.reads = state.present
                 else:
                     state.start(self.shares, self._scores)
@@ -113,7 +115,11 @@ class PrunedDecoder:
         text = self._occupied[:, self._occupied.shape[1] - self._n_text :]
         if uniform and not self._text_padded:
             return None
-        return self._readable(torch.cat((state.slot_reads(index), text), dim=1), index) if n else self._readable(text, index)
+        return (
+            self._readable(torch.cat((state.slot_reads(index), text), dim=1), index)
+            if n
+            else self._readable(text, index)
+        )
 
     # -- the layers from P on -------------------------------------------------------------------------------------
 
@@ -128,7 +134,9 @@ class PrunedDecoder:
         rotary = self.adapter.rotary(torch.gather(self.prompt.position_ids, 1, columns), x)
         return x, rotary, self._tail_allowed(self.layer)
 
-    def _shrink(self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    def _shrink(
+        self, index: int, x: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """A deeper layer keeps fewer: its lowest slots leave at the front."""
         drop = self.state.slots[index - 1] - self.state.slots[index]
         rotary = (rotary[0][:, drop:], rotary[1][:, drop:])

@@ -73,7 +73,9 @@ class GenerationOutput:
             InputError: the model has no processor (load it with load_vlm, or pass processor= to generate).
         """
         if self.processor is None:
-            raise InputError("No processor to decode with: load the model by load_vlm(), or pass processor= to generate().")
+            raise InputError(
+                "No processor to decode with: load the model by load_vlm(), or pass processor= to generate()."
+            )
         rows = [row[:n].tolist() for row, n in zip(self.new_tokens, self.lengths.tolist(), strict=True)]
         return [text.strip() for text in self.processor.batch_decode(rows, skip_special_tokens=True)]
 
@@ -85,7 +87,8 @@ class GenerationOutput:
         kept = self.trace.kept_by_layer[sample, :steps].cpu().numpy()
         length, n_image = int(self.trace.prompt_length[sample]), int(self.trace.n_image[sample])
         if self.refreshed and convention == "cached":  # no cache: every step is a prefill of a longer prompt
-            return combine([flops(self.info, length + t, n_image, kept[t : t + 1], "cached") for t in range(steps)])
+            passes = (flops(self.info, length + t, n_image, kept[t : t + 1], "cached", t == 0) for t in range(steps))
+            return combine(passes)
         return flops(self.info, length, n_image, kept, convention)
 
     def flops(self, convention: str = "cached") -> Flops:
@@ -128,14 +131,18 @@ class _Recorder:
         )  # fmt: skip
 
 
-def _chooser(do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int | None, device: torch.device) -> Any:
+def _chooser(
+    do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int | None, device: torch.device
+) -> Any:
     """A function from logits [B, vocab] to the next token [B]; transformers' own warpers shape the distribution."""
     if not do_sample:
         return lambda ids, logits: logits.argmax(-1)
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise InputError(f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}.")
+        raise InputError(
+            f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}."
+        )
     warpers = LogitsProcessorList()
     if temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
@@ -200,7 +207,11 @@ def generate(
     choose = _chooser(do_sample, temperature, top_k, top_p, seed, device)
     prompt = adapter.embed(inputs)
     recorder = _Recorder(keep_reads=method.rank == "step" or method.reversible or method.refresh)
-    runner = _Refreshed(adapter, prompt, method) if method.refresh else PrunedDecoder(adapter, prompt, method, max_new_tokens)
+    runner = (
+        _Refreshed(adapter, prompt, method)
+        if method.refresh
+        else PrunedDecoder(adapter, prompt, method, max_new_tokens)
+    )
 
     ids, alive = inputs["input_ids"], torch.ones(prompt.types.shape[0], dtype=torch.bool, device=device)
     ending = torch.tensor(ends, device=device, dtype=torch.long)

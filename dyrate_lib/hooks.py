@@ -86,7 +86,9 @@ class StockPruning:
         self.layer = self.method.prepare(self.adapter.n_layers, self.adapter.n_heads, device)
         implementation = self.adapter.text_config._attn_implementation
         if implementation not in ("sdpa", "eager"):
-            raise InputError(f"Attention {implementation!r} takes no mask of its own: load the model with 'sdpa' or 'eager'.")
+            raise InputError(
+                f"Attention {implementation!r} takes no mask of its own: load the model with 'sdpa' or 'eager'."
+            )
         setattr(self.model, _STATE, True)
         self.kept.clear()
         if self.layer < self.adapter.n_layers:
@@ -129,13 +131,19 @@ class StockPruning:
             return
         self._now, self._prefilling = getattr(cache, _STATE, None), False
         if self.method.refresh:
-            raise InputError(f"{type(self.method).__name__}(refresh=True) prunes anew at every step: call with use_cache=False.")
+            raise InputError(
+                f"{type(self.method).__name__}(refresh=True) prunes anew at every step: call with use_cache=False."
+            )
         if self._now is None:
             raise InputError("This cache was filled outside the pruning context: start generating inside it.")
         if embeds.shape[1] != 1:
-            raise InputError("Several new tokens at once on a filled cache (chunked or assisted decoding) cannot be pruned.")
+            raise InputError(
+                "Several new tokens at once on a filled cache (chunked or assisted decoding) cannot be pruned."
+            )
 
-    def _start(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any) -> _CachedPruning:
+    def _start(
+        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any
+    ) -> _CachedPruning:
         ids = self._ids.get("input_ids")
         if ids is None:
             raise InputError("Pruning needs input_ids to know where the picture is; inputs_embeds alone do not tell.")
@@ -148,7 +156,9 @@ class StockPruning:
         prompt = adapter.layout(ids, mask, pictures, embeds)
         if position_ids is not None:
             prompt.position_ids = position_ids.expand_as(prompt.types)
-        state = PruneState(self.method, self.layer, adapter.n_layers, prompt.types, prompt.image_index, prompt.content_key)
+        state = PruneState(
+            self.method, self.layer, adapter.n_layers, prompt.types, prompt.image_index, prompt.content_key
+        )
         pruning = _CachedPruning(prompt, state)
         if cache is not None:
             if any(hasattr(entry, "max_cache_len") for entry in cache.layers):

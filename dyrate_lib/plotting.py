@@ -1,4 +1,4 @@
-"""One look for all figures and tables: widths of a two-column paper, one colour a method, files that are the same bytes every time.
+"""One look for all figures and tables: widths of a two-column paper, one colour a method, the same bytes every time.
 
 Colours are Okabe and Ito's (doi 10.1038/nmeth.1618), told apart under the common colour blindnesses; methods differ in
 marker and line style too. PDFs embed their fonts (Type 42) and hold no date, so a redraw changes a file only when its
@@ -21,6 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dyrate_lib import paths
 from dyrate_lib.errors import InputError, ResourceError
 
 WIDTH_COLUMN = 3.5  # inches, one column of an IEEE page
@@ -85,7 +86,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> Path:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(
-            f"cannot write {path.name} into {path.parent}: {error.strerror or error}; free some room or choose another folder"
+            f"cannot write {path.name} into {path.parent}: {error.strerror or error}; free some room or choose another"
         ) from error
     return path
 
@@ -178,6 +179,17 @@ def markdown_table(df: pd.DataFrame, digits: int = 2) -> str:
         return save_table(df, "table", folder, digits=digits)[1].read_text(encoding="utf-8").rstrip("\n")
 
 
+def out_folders(out: str | Path = "") -> tuple[Path, Path]:
+    """Where a notebook's figures and tables go for its parameter `out`.
+
+    "" is build/; the project's own folder is figures/ for both (the committed ones); any other folder gets figures/ and tables/.
+    """
+    folder = Path(out).expanduser().resolve() if str(out) else paths.build()
+    if folder == paths.root():
+        return paths.figures(), paths.figures()
+    return folder / "figures", folder / "tables"
+
+
 def seen_by_model(image: Image.Image, size: int = 336) -> Image.Image:
     """The square of a picture that CLIP's processor passes on: shortest edge to `size`, bicubic, centre crop, RGB."""
     image = image.convert("RGB")
@@ -230,7 +242,8 @@ def plot_masks(
     rows = -(-panels // columns)
     with mpl.rc_context(_RC):
         width = WIDTH_PAGE * columns / 6
-        fig, axes = plt.subplots(rows, columns, figsize=(width, rows * (width / columns + 0.32) + 0.3 * bool(title)), squeeze=False)
+        height = rows * (width / columns + 0.32) + 0.3 * bool(title)
+        fig, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
         for ax in axes.flat:
             ax.set_axis_off()
         flat = list(axes.flat)

@@ -25,7 +25,9 @@ class RatePredictor(nn.Module):
     metadata: what it was trained with (model, target, convention, seed, ...), saved beside the weights.
     """
 
-    def __init__(self, n_heads: int, n_rates: int = 10, layer: int | None = None, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, n_heads: int, n_rates: int = 10, layer: int | None = None, metadata: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         if n_heads < 1 or n_rates < 1 or (layer is not None and layer < 1):
             raise InputError(f"n_heads, n_rates and layer must be at least 1, got {n_heads}, {n_rates}, {layer}.")
@@ -72,7 +74,9 @@ class RatePredictor(nn.Module):
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise ResourceError(f"The predictor could not be written to {path}: {error}. Free some room or choose another folder.") from error
+            raise ResourceError(
+                f"The predictor could not be written to {path}: {error}. Free some room or choose another folder."
+            ) from error
         return path
 
     @classmethod
@@ -95,7 +99,9 @@ class RatePredictor(nn.Module):
             predictor = cls(**shape, metadata=head)
             predictor.load_state_dict(tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} is not a rate predictor, or it is damaged ({error}): restore or retrain it.") from error
+            raise InputError(
+                f"{path} is not a rate predictor, or it is damaged ({error}): restore or retrain it."
+            ) from error
         return predictor.eval().requires_grad_(False)
 
     @staticmethod

@@ -22,6 +22,7 @@ from typing import Any
 from .errors import InputError, RecordError, ResourceError
 
 FORMAT = 1
+TEMPORARY = ".writing-"  # prefix of files that are not records yet
 _GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff"  # no name, no time: equal content gives equal files
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SETTINGS = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
@@ -64,26 +65,37 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Writes a record in one step: readers see the old file or the new one, never a part. Raises ResourceError."""
+    """Writes a record in one step: readers see the old file or the new one, never a part of it.
+
+    Raises ResourceError for a full disk or a folder that cannot be written; what was there before stays as it was.
+    """
     path = Path(path)
     content = {key: value for key, value in record.items() if key != "sha256"}
     buffer = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=buffer, mtime=0) as stream:
         stream.write(canonical({**content, "sha256": checksums(content)}))
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+        try:
+            _replace(path, buffer.getvalue())
+        except FileNotFoundError:  # another process, done with the same record, has just removed the folder
+            _replace(path, buffer.getvalue())
+    except OSError as error:
+        raise cannot_write(path.parent, error) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    try:
         with os.fdopen(handle, "wb") as file:
-            file.write(buffer.getvalue())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files private, records are to be shared
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise cannot_write(path.parent, error) from error
+    except BaseException:  # an interrupt, too, must not leave litter
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def cannot_write(folder: Path, error: OSError) -> ResourceError:
@@ -148,8 +160,8 @@ def sha256(content: bytes) -> str:
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON text of a value: sorted keys, no space, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    """The one JSON text of a value: sorted keys, no space, ASCII (a lone surrogate, too, can then be written)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def to_plain(value: Any, where: str = "value", allow_paths: bool = False) -> Any:

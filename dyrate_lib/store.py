@@ -20,6 +20,7 @@ from .errors import InputError, RecordError, ResourceError
 from .provenance import provenance
 from .records import (
     FORMAT,
+    TEMPORARY,
     cannot_write,
     canonical,
     hash_inputs,
@@ -30,7 +31,8 @@ from .records import (
     write_record,
 )
 
-_unsaved: dict[str, dict] = {}  # finished results that could not be written, kept for a second try in this process
+# finished results by the file they belong into, kept until they are written: a second try must not compute them anew
+_unsaved: dict[Path, dict] = {}
 
 
 class Store:
@@ -117,13 +119,14 @@ def get_or_run(
     found = store.find(name, key)
     if found:
         return read_record(found)
-    if key not in _unsaved:
+    path = store.path(name, key)
+    if path not in _unsaved:
         _prepare(store, name, key)
         start = time.perf_counter()
         payload = to_plain(fn(), "payload", allow_paths=True)
         made_by = provenance(time.perf_counter() - start, about)
-        _unsaved[key] = _record(name, config, hashes, made_by, payload)
-    return _finish(store, name, key)
+        _unsaved[path] = _record(name, config, hashes, made_by, payload)
+    return _finish(path)
 
 
 def run_items(
@@ -163,9 +166,9 @@ def run_items(
     found = store.find(name, key)
     if found:
         return read_record(found)
-    if key not in _unsaved:
+    path, parts = store.path(name, key), store.root / name / f"{key}.parts"
+    if path not in _unsaved:
         _prepare(store, name, key)
-        parts = store.root / name / f"{key}.parts"
         results, made_by = _load_parts(parts, key, len(names))
         todo = [i for i in range(len(names)) if i not in results]
         batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
@@ -180,9 +183,9 @@ def run_items(
             write_record(parts / f"{batch[0]:08d}-{batch[-1]:08d}-{len(batch)}.json.gz", record)
             results.update(zip(batch, batch_results, strict=True))
         payload = {"ids": names, "results": [results[i] for i in range(len(names))]}
-        _unsaved[key] = _record(name, config, hashes, _joined(made_by), payload)
-    record = _finish(store, name, key)
-    shutil.rmtree(store.root / name / f"{key}.parts", ignore_errors=True)
+        _unsaved[path] = _record(name, config, hashes, _joined(made_by), payload)
+    record = _finish(path)
+    shutil.rmtree(parts, ignore_errors=True)
     return record
 
 
@@ -196,17 +199,19 @@ def _prepare(store: Store, name: str, key: str) -> None:
     folder = store.root / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".writing-", dir=folder) as probe:
+        for left in folder.glob(f"{TEMPORARY}*"):  # of a process that was killed while writing, unless it is recent
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=folder) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
     except OSError as error:
         raise cannot_write(folder, error) from error
 
 
-def _finish(store: Store, name: str, key: str) -> dict[str, Any]:
-    path = store.path(name, key)
-    write_record(path, _unsaved[key])
-    del _unsaved[key]
+def _finish(path: Path) -> dict[str, Any]:
+    write_record(path, _unsaved[path])
+    del _unsaved[path]
     return read_record(path)
 
 
@@ -225,7 +230,7 @@ def _record(name: str, config: Any, hashes: list, made_by: dict, payload: Any) -
 
 
 def _item_ids(items: Sequence[Any], ids: Sequence[str] | None) -> list[str]:
-    names = list(ids) if ids is not None else [i if isinstance(i, str) else getattr(i, "id", None) for i in items]
+    names: list[Any] = list(ids or ()) or [i if isinstance(i, str) else getattr(i, "id", None) for i in items]
     if len(names) != len(items) or not names:
         raise InputError(f"{len(names)} ids for {len(items)} items: there must be one each, and at least one")
     if not all(isinstance(name, str) for name in names):

@@ -1,34 +1,38 @@
-"""Runs the notebooks: parameters checked first, executed by this very Python, resumed after a kill, good results never lost.
+"""The whole study: every notebook in order, announced with its time, resumed after a kill, ending with the scoreboard.
 
-papermill only warns of an unknown parameter and writes its output even when a cell fails; here an unknown parameter is an
-error before anything runs, and a notebook that fails lies beside the last good one as `<name>.failed.ipynb`.
+What is finished is remembered by a hash of everything it was made from (library, shipped data, parameters, code of the
+notebook and of those before it), so that a second call runs only what is new or changed.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
-import io
 import json
 import os
-import re
-import sys
-import tempfile
 import time
-import tokenize
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dyrate_lib import paths
-from dyrate_lib.errors import DyRateError, InputError, ResourceError
+from dyrate_lib.errors import InputError, ResourceError
+from dyrate_lib.notebooks import (
+    NOTEBOOKS,
+    NotebookFailed,
+    Parameter,
+    check_parameters,
+    code_cells,
+    find_notebook,
+    notebook_parameters,
+    run_notebook,
+)
 
-NOTEBOOKS = [
-    "00_scenes_vlm", "01_attention_analysis", "02_training", "03_benchmarks", "04_efficiency", "05_ablations",
-    "06_visualization", "07_verdict",
+__all__ = [
+    "MINUTES", "NOTEBOOKS", "SCALES", "NotebookFailed", "Parameter", "default_scale", "figures", "notebook_parameters",
+    "read_scoreboard", "reproduce", "run_notebook", "write_scoreboard",
 ]  # fmt: skip
+
 SCALES = ("smoke", "full")
 
 # Minutes a notebook takes: computing anew at smoke scale on two CPU cores, at full scale on one H200; redrawing from the
@@ -38,185 +42,6 @@ MINUTES: dict[str, dict[str, float]] = {
     "full": dict(zip(NOTEBOOKS, (8, 2, 10, 10, 5, 10, 2, 0.2), strict=True)),
     "redraw": dict(zip(NOTEBOOKS, (0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.2), strict=True)),
 }
-
-
-class NotebookFailed(DyRateError):
-    """A cell raised. The message holds the cell, its error and where the half-executed notebook lies."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a notebook: its default from the cell tagged `parameters`, the comment behind it as help."""
-
-    name: str
-    default: Any
-    help: str = ""
-
-    @property
-    def type_name(self) -> str:
-        return type(self.default).__name__
-
-    def parse(self, text: str) -> Any:
-        """A value from the command line, as the type of the default. InputError when it cannot be one."""
-        kind = type(self.default)
-        if kind is str:
-            return text
-        try:
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError):
-            raise InputError(f"parameter {self.name} is of type {self.type_name}, {text!r} is not") from None
-        return self.check(value)
-
-    def check(self, value: Any) -> Any:
-        """The value itself if it has the default's type (an int may stand for a float). InputError otherwise."""
-        kind = type(self.default)
-        if kind is float and type(value) is int:
-            return float(value)
-        if self.default is not None and type(value) is not kind:
-            raise InputError(
-                f"parameter {self.name} is of type {self.type_name} (default {self.default!r}), not {value!r}"
-            )
-        return value
-
-
-def find_notebook(name: str | Path) -> Path:
-    """A notebook's file from its name ('03_benchmarks'), its number ('03' or '3') or a path. InputError if there is none."""
-    if str(name).endswith(".ipynb"):
-        if Path(name).is_file():
-            return Path(name).resolve()
-        raise InputError(f"there is no notebook at {name}")
-    text = str(name)
-    number = f"{int(text):02d}_" if text.isascii() and text.isdigit() else None
-    for known in NOTEBOOKS:
-        if text == known or (number and known.startswith(number)):
-            file = paths.notebooks() / f"{known}.ipynb"
-            if not file.is_file():
-                raise ResourceError(f"{file.name} is missing from notebooks/: get a full checkout")
-            return file
-    raise InputError(f"no notebook {text!r}; there are: {', '.join(NOTEBOOKS)}")
-
-
-def _code_cells(file: Path) -> list[dict[str, Any]]:
-    try:
-        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file.name} cannot be read as a notebook: {error}") from error
-    return [c for c in cells if c.get("cell_type") == "code"]
-
-
-def notebook_parameters(name: str | Path) -> dict[str, Parameter]:
-    """The parameters a notebook declares, in order: literal assignments of the one cell tagged `parameters`."""
-    file = find_notebook(name)
-    cells = [c for c in _code_cells(file) if "parameters" in c.get("metadata", {}).get("tags", [])]
-    if len(cells) != 1:
-        raise InputError(f"{file.name} has {len(cells)} cells tagged 'parameters'; it must have one")
-    source = "".join(cells[0]["source"])
-    help_at = {
-        t.start[0]: t.string.lstrip("# ").strip()
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
-    out: dict[str, Parameter] = {}
-    for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        value = getattr(node, "value", None)
-        if isinstance(target, ast.Name) and isinstance(value, ast.expr):
-            try:
-                default = ast.literal_eval(value)
-            except ValueError as error:
-                raise InputError(f"{file.name}: parameter {target.id} is no literal, so it cannot be set") from error
-            out[target.id] = Parameter(target.id, default, help_at.get(value.end_lineno or 0, ""))
-    return out
-
-
-def check_parameters(name: str | Path, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`params` with strings parsed where the notebook wants another type. InputError on an unknown name, listing the known."""
-    known = notebook_parameters(name)
-    for key in params:
-        if key not in known:
-            listing = "\n".join(f"  {p.name} ({p.type_name}, {p.default!r}) {p.help}".rstrip() for p in known.values())
-            raise InputError(f"{find_notebook(name).stem} has no parameter {key!r}; it has:\n{listing}")
-    return {k: known[k].parse(v) if isinstance(v, str) else known[k].check(v) for k, v in params.items()}
-
-
-@contextlib.contextmanager
-def _this_python() -> Iterator[str]:
-    """A kernelspec that starts sys.executable, ahead of any 'python3' the user has installed elsewhere; yields its name."""
-    with tempfile.TemporaryDirectory(prefix="dyrate-kernel-") as folder:
-        spec = Path(folder) / "kernels" / "python3"
-        spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        body = {"argv": argv, "display_name": "Python 3", "language": "python"}
-        (spec / "kernel.json").write_text(json.dumps(body), encoding="utf-8")
-        before = os.environ.get("JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = folder if before is None else folder + os.pathsep + before
-        try:
-            yield "python3"
-        finally:
-            if before is None:
-                del os.environ["JUPYTER_PATH"]
-            else:
-                os.environ["JUPYTER_PATH"] = before
-
-
-@contextlib.contextmanager
-def _import_path() -> Iterator[None]:
-    """Lets the kernel import this copy of the library, installed or not."""
-    before = os.environ.get("PYTHONPATH")
-    here = str(Path(__file__).resolve().parents[1])
-    os.environ["PYTHONPATH"] = here if not before else here + os.pathsep + before
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
-def run_notebook(
-    name: str | Path, params: Mapping[str, Any] | None = None, out_dir: str | Path | None = None, progress: bool = True
-) -> Path:
-    """Execute a notebook into `out_dir`/<name>.ipynb (default build/notebooks) and return that file.
-
-    The kernel is this Python, its folder the notebook's own. A failing notebook becomes `<name>.failed.ipynb` and an earlier
-    good one stays. Raises InputError (unknown notebook or parameter, before anything runs), ResourceError (papermill missing, folder
-    not writable), NotebookFailed.
-    """
-    source = find_notebook(name)
-    values = check_parameters(source, params or {})
-    try:
-        import papermill
-    except ImportError as error:
-        raise ResourceError("papermill is not installed: pip install papermill, or use `make env`") from error
-    folder = Path(out_dir) if out_dir else paths.build() / "notebooks"
-    folder = folder.resolve()
-    done, failed, part = (folder / f"{source.stem}{s}.ipynb" for s in ("", ".failed", ".part"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _this_python() as kernel, _import_path():
-            papermill.execute_notebook(
-                source, part, parameters=values, kernel_name=kernel, cwd=source.parent, progress_bar=progress,
-                stderr_file=sys.stderr if progress else None,
-            )  # fmt: skip
-    except papermill.PapermillExecutionError as error:
-        os.replace(part, failed)
-        raise NotebookFailed(_failure(source.stem, error, failed)) from None
-    except OSError as error:
-        raise ResourceError(f"{source.stem}: cannot write into {folder}: {error.strerror or error}") from error
-    os.replace(part, done)
-    failed.unlink(missing_ok=True)
-    return done
-
-
-def _failure(name: str, error: Any, kept: Path) -> str:
-    trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()
-    tail = "\n".join(f"    {line}" for line in trace[-12:])
-    first = next((line for line in error.source.splitlines() if line.strip()), "")
-    return (
-        f"{name} stopped in cell [{error.exec_count}], which begins {first.strip()!r}:\n{tail}\n  {error.ename}: {error.evalue}\n"
-        f"  What ran is kept in {kept}; what was computed before is kept too and is not computed again."
-    )
 
 
 def _digest(files: Sequence[Path], base: Path) -> str:
@@ -238,7 +63,7 @@ def _everything_read(records: str) -> str:
 
 
 class _State:
-    """Which notebooks are finished in an output folder, and for what inputs: `<out>/state.json`."""
+    """Which notebooks are finished, and for what inputs: `state.json` beside the folder of executed notebooks."""
 
     def __init__(self, out: Path) -> None:
         self.file = out / "state.json"
@@ -316,10 +141,11 @@ def reproduce(
     target = Path(executed).resolve() if executed else folder / "notebooks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"cannot make the output folder {folder}: {error.strerror or error}") from error
-    with _only_run(folder):
-        _run_plan(plan, _State(folder), target, MINUTES["redraw" if records == "committed" else scale], again, progress)
+    with _only_run(target.parent):
+        _run_plan(plan, _State(target.parent), target, MINUTES["redraw" if records == "committed" else scale], again, progress)
     return folder
 
 
@@ -328,13 +154,13 @@ def _run_plan(
     progress: bool,
 ) -> None:  # fmt: skip
     what = plan[0][1]
-    print(f"Running {len(plan)} notebooks: scale {what['scale']}, records {what['records']}; results go to {state.file.parent}")
+    print(f"Running {len(plan)} notebooks: scale {what['scale']}, records {what['records']}; notebooks go to {target}")
     shared = _everything_read(what["records"])
     todo = []
     key = ""
     for file, params in plan:
         # Each key holds the one before: a notebook reads what the earlier ones left.
-        sources = ["".join(c["source"]) for c in _code_cells(file)]
+        sources = ["".join(c["source"]) for c in code_cells(file)]
         key = hashlib.sha256(json.dumps([key, shared, params, sources], sort_keys=True).encode()).hexdigest()
         last = state.done.get(file.stem, {})
         finished = not again and last.get("key") == key and (target / file.name).is_file()
@@ -351,3 +177,47 @@ def _run_plan(
         seconds = time.monotonic() - start
         state.set(file.stem, file_key, seconds)
         print(f"[{i}/{len(todo)}] {file.stem} done in {_minutes(seconds / 60)}", flush=True)
+
+
+def figures(progress: bool = True) -> Path:
+    """Redraw every figure and table of `figures/` from the committed records, on any machine; returns the folder."""
+    reproduce(
+        "full", records="committed", out=paths.root(), executed=paths.build() / "redrawn" / "notebooks", again=True,
+        progress=progress,
+    )  # fmt: skip
+    return paths.figures()
+
+
+def read_scoreboard(folder: str | Path) -> Any:
+    """The scoreboard that notebook 07 left as `scoreboard.csv` in `folder` (a DataFrame). ResourceError if there is none."""
+    import pandas as pd
+
+    file = Path(folder) / "scoreboard.csv"
+    if not file.is_file():
+        raise ResourceError(f"there is no {file}: run the study first (make reproduce)")
+    return pd.read_csv(file, keep_default_na=False)
+
+
+_MARKS = ("<!-- scoreboard -->", "<!-- /scoreboard -->")
+
+
+def write_scoreboard(file: str | Path, folder: str | Path) -> None:
+    """Replace what stands between the scoreboard marks of a text file by the scoreboard in `folder`, as a Markdown table.
+
+    InputError when the file has not exactly one pair of marks.
+    """
+    from dyrate_lib.plotting import markdown_table
+
+    file = Path(file)
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if [text.count(m) for m in _MARKS] != [1, 1] or text.index(_MARKS[0]) > text.index(_MARKS[1]):
+        raise InputError(f"{file.name} must hold {_MARKS[0]} and, after it, {_MARKS[1]}, each once")
+    board = read_scoreboard(folder)
+    board["notebook"] = [f"[{n[:2]}](notebooks/{n}.ipynb)" for n in board["notebook"]]
+    shown = board[["element", "claim", "notebook", "paper", "ours", "verdict"]]
+    shown.columns = ["Figure, table", "Claim", "Notebook", "Paper (LLaVA-1.5)", "Ours (scenes)", "Verdict"]
+    before, rest = text.split(_MARKS[0])
+    _, after = rest.split(_MARKS[1])
+    part = file.with_name(file.name + ".part")
+    part.write_text(f"{before}{_MARKS[0]}\n{markdown_table(shown)}\n{_MARKS[1]}{after}", encoding="utf-8")
+    os.replace(part, file)

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from . import masks
 from .accounting import flop_steps
-from .attention import causal_layer, image_scores, padding_allowed, repeat_heads, row_attention, shares_by_type, with_response
+from .attention import (
+    causal_layer,
+    image_scores,
+    padding_allowed,
+    repeat_heads,
+    row_attention,
+    shares_by_type,
+    with_response,
+)
 from .errors import InputError
 from .masks import PAD
 from .models import Adapter, ModelInfo, Prompt, chat_prompt, model_info, prepare_inputs
@@ -77,8 +85,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     than set to minus infinity: their gradient tells the predictor what keeping them would have done.
     """
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    mask = mask[:, None].float()
+    exact = torch.promote_types(q.dtype, torch.float32)  # float32 at least
+    scores = (q @ k.transpose(-1, -2)).to(exact) * q.shape[-1] ** -0.5
+    mask = mask[:, None].to(exact)
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     top = scores.masked_fill(~causal, -torch.inf).amax(-1, keepdim=True).detach()
     weights = torch.exp((scores - top).clamp(max=0.0)) * mask
@@ -102,7 +111,9 @@ def masked_logits(adapter: Adapter, forced: TeacherForced, image_keep: Tensor) -
     return adapter.logits(x[:, start : start + forced.steps])
 
 
-def flops_table(info: ModelInfo, prompt_length: int, n_image: int, steps: int, layer: int, n_rates: int, convention: str) -> tuple[Tensor, float]:
+def flops_table(
+    info: ModelInfo, prompt_length: int, n_image: int, steps: int, layer: int, n_rates: int, convention: str
+) -> tuple[Tensor, float]:
     """FLOPs of each step under each rate: ([steps, n_rates] float64, unpruned total).
 
     A step's FLOPs depend on that step's own kept count only (the prefill's on the first), so a path's cost is a sum
@@ -221,11 +232,15 @@ def train_predictor(
     for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress):
         items = [dataset[i] for i in next(batches)]
         texts = [item.references[int(torch.randint(len(item.references), (1,), generator=draw))] for item in items]
-        inputs = prepare_inputs(processor, [item.image for item in items], [chat_prompt(item.prompt) for item in items], device)
+        inputs = prepare_inputs(
+            processor, [item.image for item in items], [chat_prompt(item.prompt) for item in items], device
+        )
         response, lengths = encode_responses(processor.tokenizer, texts, max_new_tokens, device)
         forced = read_prompt_and_response(adapter, adapter.embed(inputs), response, layer)
         now = tau[0] * (tau[1] / tau[0]) ** (step / max(steps - 1, 1))
-        figures, loss = predictor_loss(adapter, predictor, forced, response, lengths, ratio_of, now, target, lam, flops_term, noise)
+        figures, loss = predictor_loss(
+            adapter, predictor, forced, response, lengths, ratio_of, now, target, lam, flops_term, noise
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -246,10 +261,14 @@ def predictor_loss(
     """One batch's loss: (figures for the history, scalar with a gradient in the predictor only)."""
     logits = predictor(forced.shares)
     one_hot = masks.gumbel_one_hot(logits, tau, noise)
-    rate_masks = masks.prefix_masks(masks.kept_counts(forced.prompt.n_image, predictor.n_rates), forced.scores.shape[1]).float()
+    rate_masks = masks.prefix_masks(
+        masks.kept_counts(forced.prompt.n_image, predictor.n_rates), forced.scores.shape[1]
+    ).float()
     keep = masks.select_masks(one_hot, rate_masks)
     predicted = masked_logits(adapter, forced, keep)
-    valid = torch.arange(response.shape[1], device=response.device) < torch.tensor(lengths, device=response.device)[:, None]
+    valid = (
+        torch.arange(response.shape[1], device=response.device) < torch.tensor(lengths, device=response.device)[:, None]
+    )
     ce = F.cross_entropy(predicted[valid].float(), response[valid])
     pi = torch.softmax(logits, dim=-1) if flops_term == "expected" else straight_through_argmax(logits)
     ratio = ratio_of(masks.running_rate_distribution(pi), forced.prompt, lengths).mean()

@@ -8,4 +8,15 @@ from .random import RandomPrune
 from .schedule import DepthPrune, RatePath
 from .vtw import VTW, vtw_divergence, vtw_search
 
-__all__ = ["VTW", "DepthPrune", "DyRate", "FastV", "Method", "NoReduction", "RandomPrune", "RatePath", "vtw_divergence", "vtw_search"]
+__all__ = [
+    "VTW",
+    "DepthPrune",
+    "DyRate",
+    "FastV",
+    "Method",
+    "NoReduction",
+    "RandomPrune",
+    "RatePath",
+    "vtw_divergence",
+    "vtw_search",
+]

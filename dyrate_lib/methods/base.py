@@ -67,7 +67,12 @@ class Method:
         Raises:
             InputError: P is not in 1..n_layers-1.
         """
-        if self.layer is None or isinstance(self.layer, bool) or int(self.layer) != self.layer or not 1 <= self.layer < n_layers:
+        if (
+            self.layer is None
+            or isinstance(self.layer, bool)
+            or int(self.layer) != self.layer
+            or not 1 <= self.layer < n_layers
+        ):
             raise InputError(
                 f"{type(self).__name__}: layer={self.layer} is out of range: layers 0..layer-1 see every token, so choose a "
                 f"whole number from 1 to {n_layers - 1} for this model of {n_layers} layers."
@@ -108,7 +113,9 @@ def check_rate(owner: Method, rate: float) -> float:
         InputError: not a number in that range.
     """
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-        raise InputError(f"{type(owner).__name__}: rate={rate!r} must be the share of image tokens to remove, from 0 to 1.")
+        raise InputError(
+            f"{type(owner).__name__}: rate={rate!r} must be the share of image tokens to remove, from 0 to 1."
+        )
     return float(rate)
 
 
@@ -124,7 +131,9 @@ class PruneState:
     (`masks.tail_order`). While tokens only leave from the low end of one ranking, what is read is a suffix of the slots.
     """
 
-    def __init__(self, method: Method, layer: int, n_layers: int, types: Tensor, image_index: Tensor, content_key: Tensor) -> None:
+    def __init__(
+        self, method: Method, layer: int, n_layers: int, types: Tensor, image_index: Tensor, content_key: Tensor
+    ) -> None:
         self.method, self.layer, self.n_layers = method, layer, n_layers
         self.types, self.image_index, self.content_key = types, image_index, content_key
         self.present = image_index >= 0

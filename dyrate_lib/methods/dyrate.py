@@ -40,14 +40,18 @@ class DyRate(Method):
         if isinstance(self.predictor, str | Path):
             self.predictor = RatePredictor.load(self.predictor)
         if not isinstance(self.predictor, RatePredictor):
-            raise InputError(f"DyRate: predictor must be a RatePredictor or the path of one, got {type(self.predictor).__name__}.")
+            raise InputError(
+                f"DyRate: predictor must be a RatePredictor or the path of one, got {type(self.predictor).__name__}."
+            )
         if self.rank not in ("prefill", "step"):
             raise InputError(f"DyRate: rank={self.rank!r} must be 'prefill' or 'step'.")
         trained = self.predictor.layer
         if self.layer is None:
             self.layer = 3 if trained is None else trained
         elif trained is not None and trained != self.layer:
-            raise InputError(f"DyRate: the predictor was trained for layer {trained}, not {self.layer}: leave layer out, or train one.")
+            raise InputError(
+                f"DyRate: the predictor was trained for layer {trained}, not {self.layer}: leave layer out, or train one."
+            )
 
     def prepare(self, n_layers: int, n_heads: int, device: torch.device) -> int:
         layer = self.resolve_layer(n_layers)

@@ -70,4 +70,6 @@ def vtw_search(model: Any, batches: Iterable[Any], eta: float = 0.003, first_lay
         if value <= eta:
             return k
     best = min(divergence, key=divergence.__getitem__)
-    raise InputError(f"No layer meets eta={eta}: the smallest divergence is {divergence[best]:.4g} at layer {best}. Allow a larger eta.")
+    raise InputError(
+        f"No layer meets eta={eta}: the smallest divergence is {divergence[best]:.4g} at layer {best}. Allow a larger eta."
+    )

@@ -1,0 +1,96 @@
+"""One picture captioned with a chosen method: the text, what was kept at each step, what it saved, the masks as a figure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dyrate_lib import paths
+from dyrate_lib.errors import InputError, ResourceError
+
+METHODS = ("none", "random", "fastv", "vtw", "dyrate")
+DEFAULT_PROMPT = "Provide a one-sentence caption for the provided image."
+
+
+@dataclass(frozen=True)
+class Caption:
+    """text; words and kept tokens one a step; saved: share of FLOPs saved, by convention; files: the mask figure."""
+
+    text: str
+    words: list[str]
+    kept: list[int]
+    n_image: int
+    saved: dict[str, float]
+    files: list[Path]
+
+
+def default_predictor(model_name: str) -> Path:
+    """The shipped 33.3 % predictor of a scenes model. ResourceError if there is none for that model."""
+    found = sorted(paths.predictors().glob(f"{Path(model_name).name}_t0.333_s*.safetensors"))
+    if not found:
+        raise ResourceError(
+            f"no predictor for {model_name} is shipped in data/predictors: name one with --predictor, or train one (notebook 02)"
+        )
+    return found[0]
+
+
+def make_method(name: str, model_name: str, layer: int | None, rate: float | None, predictor: str | None) -> Any:
+    """The method object for command-line choices. InputError when an option does not go with the method."""
+    from dyrate_lib import VTW, DyRate, FastV, NoReduction, RandomPrune, RatePredictor
+
+    if name not in METHODS:
+        raise InputError(f"the method is one of {', '.join(METHODS)}, not {name!r}")
+    takes = {"none": (), "vtw": ("layer",), "dyrate": ("layer", "predictor")}.get(name, ("layer", "rate"))
+    for option, value in (("layer", layer), ("rate", rate), ("predictor", predictor)):
+        if value is not None and option not in takes:
+            may = f", which takes {' and '.join('--' + t for t in takes)}" if takes else ""
+            raise InputError(f"--{option} does not go with method {name}{may}")
+    if name == "none":
+        return NoReduction()
+    if name == "vtw":
+        return VTW(layer=layer)
+    if name == "dyrate":
+        return DyRate(RatePredictor.load(predictor or default_predictor(model_name)), layer=layer)
+    return {"fastv": FastV, "random": RandomPrune}[name](
+        layer=2 if layer is None else layer, rate=0.5 if rate is None else rate
+    )
+
+
+def caption(
+    image: str | Path, model_name: str = "scenes-small", method: str = "none", *, layer: int | None = None,
+    rate: float | None = None, predictor: str | None = None, prompt: str = DEFAULT_PROMPT, max_new_tokens: int = 64,
+    device: str | None = None, out: str | Path | None = None,
+) -> Caption:  # fmt: skip
+    """Caption one picture greedily and write its masks to `out`/masks_<picture>_<method>.pdf and .png (default build/captions).
+
+    Raises InputError for a bad picture, prompt or option and ResourceError for missing weights, before any long work.
+    """
+    import matplotlib.pyplot as plt
+    import torch
+
+    from dyrate_lib import chat_prompt, generate, load_vlm, prepare_inputs
+    from dyrate_lib.images import load_image
+    from dyrate_lib.plotting import plot_masks, save_figure
+
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens is at least 1, not {max_new_tokens}")
+    picture = load_image(image)
+    chosen = make_method(method, model_name, layer, rate, predictor)
+    model, processor = load_vlm(model_name, device=device)
+    where = next(model.parameters()).device
+    inputs = prepare_inputs(processor, [picture], [chat_prompt(prompt)], device=where)
+    with torch.inference_mode():
+        out_ = generate(model, inputs, chosen, max_new_tokens=max_new_tokens, processor=processor)
+    trace, steps = out_.trace, int(out_.trace.valid[0].sum())
+    kept = [trace.kept_at(0, t).cpu().numpy() for t in range(steps)]
+    words = [processor.tokenizer.decode([token]) for token in out_.new_tokens[0, :steps].tolist()]
+    saved = {c: 1.0 - out_.flops(c).ratio for c in ("cached", "paper")}
+    n_image = int(trace.n_image[0])
+    folder = Path(out) if out else paths.build() / "captions"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(image).stem).strip("._-") or "picture"
+    fig = plot_masks(picture, kept, words=words, n_image=n_image, title=f"{method}, image tokens read at layers ≥ {trace.layer}")
+    files = save_figure(fig, f"masks_{stem}_{method}", folder)
+    plt.close(fig)
+    return Caption(out_.text[0], words, [len(k) for k in kept], n_image, saved, files)

@@ -1,0 +1,77 @@
+"""Shared fixtures: the authors' reference figures, a tiny random LLaVA, and a batch of unequal prompts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPTS = (
+    "Describe.",
+    "What is there to be seen in this picture, please tell me?",
+    "Provide a one-sentence caption for the provided image.",
+    "How many circles are there? Answer the question using a single word or phrase.",
+)
+
+
+@pytest.fixture(scope="session")
+def golden_model():
+    """The tiny random LLaVA whose weights lie beside the reference figures; float32."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        GOLDEN / "model", dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("fastv")`: the reference figures of one file."""
+    return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_inputs(golden):
+    """`golden_inputs(i)`: inputs of sample i."""
+    stored = golden("inputs")
+    return lambda i: {key: stored[f"sample{i}.{key}"] for key in ("input_ids", "pixel_values")}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`(model, processor)` of random:tiny: 8 layers, 4 heads, 36 image tokens, float32."""
+    from dyrate_lib import load_vlm
+
+    return load_vlm("random:tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Four pictures of noise."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+@pytest.fixture(scope="session")
+def batch(tiny, pictures):
+    """Four samples with prompts of different lengths, left-padded."""
+    from dyrate_lib import chat_prompt, prepare_inputs
+
+    return prepare_inputs(tiny[1], pictures, [chat_prompt(text) for text in PROMPTS])
+
+
+@pytest.fixture(scope="session")
+def alone(tiny, pictures):
+    """`alone(b)`: sample b of `batch` by itself, without padding."""
+    from dyrate_lib import chat_prompt, prepare_inputs
+
+    return lambda b: prepare_inputs(tiny[1], [pictures[b]], [chat_prompt(PROMPTS[b])])

@@ -1,0 +1,106 @@
+"""One set of versions: pyproject.toml, requirements.lock and environment.yml agree with each other and with what runs here."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from dyrate_lib import __version__, paths
+
+ROOT = paths.root()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+LOCK = {
+    canonicalize_name(name): version
+    for name, _, version in (
+        line.partition("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"
+    )
+}
+DECLARED = [Requirement(r) for group in (PROJECT["dependencies"], *EXTRAS.values()) for r in group]
+# What a package is imported as, where that is not its name.
+IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL"}
+
+
+def locked_environment():
+    """Whether this is the environment that the lock describes (a GPU machine may bring a torch of its own)."""
+    return metadata.version("torch").split("+")[0] == LOCK["torch"] and sys.version_info[:2] == (3, 11)
+
+
+def test_the_lock_pins_every_line_exactly():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) > 50 and all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in lines)
+    assert len(LOCK) == len(lines)
+
+
+@pytest.mark.parametrize("requirement", DECLARED, ids=str)
+def test_the_lock_satisfies_what_pyproject_asks_for(requirement):
+    assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)])
+
+
+def test_the_lock_is_closed():
+    """Everything that a locked package needs here is locked too, in a version it accepts."""
+    if not locked_environment():
+        pytest.skip("the installed versions are not the locked ones, so their needs say nothing of the lock")
+    for name in LOCK:
+        for text in metadata.requires(name) or []:
+            need = Requirement(text)
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                key = canonicalize_name(need.name)
+                if key in ("setuptools", "pip") or key.startswith(("nvidia-", "triton", "cuda-")):
+                    continue  # the installer's own, or torch's CUDA parts, which follow from torch's pin
+                assert key in LOCK and need.specifier.contains(LOCK[key], prereleases=True), f"{name} needs {text}"
+
+
+def test_the_installed_versions_are_the_locked_ones():
+    if not locked_environment():
+        pytest.skip("another torch or Python than the locked one: a machine of its own, not the project's environment")
+    here = {name: metadata.version(name).split("+")[0] for name in LOCK}
+    assert here == LOCK
+
+
+def test_conda_users_get_the_same_pins():
+    env = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(d["pip"] for d in env["dependencies"] if isinstance(d, dict))
+    assert "-r requirements.lock" in pip
+    conda = [d for d in env["dependencies"] if isinstance(d, str)]
+    assert [d.split("=")[0] for d in conda] == ["python", "pip"]  # nothing whose version the lock would not know
+    python = conda[0].split("=")[1]
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
+
+
+def test_transformers_is_one_version():
+    pin = next(r for r in DECLARED if r.name == "transformers")
+    assert str(pin.specifier) == f"=={LOCK['transformers']}"
+
+
+def test_the_package_version_is_written_the_same_everywhere():
+    assert PROJECT["version"] == __version__
+    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == __version__
+    newest = re.search(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest and Version(newest[1]) == Version(__version__)
+
+
+def test_every_package_imported_is_declared():
+    names = {IMPORTED_AS.get(canonicalize_name(r.name), r.name.replace("-", "_")) for r in DECLARED}
+    imported = set()
+    for file in (ROOT / "dyrate_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    outside = imported - set(sys.stdlib_module_names) - {"dyrate_lib"}
+    assert "torch" in outside and outside <= names, f"imported but not in pyproject.toml: {sorted(outside - names)}"
+
+
+def test_no_index_or_machine_path_stands_in_the_pins():
+    for name in ("requirements.lock", "environment.yml", "pyproject.toml", "Makefile"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"--(extra-)?index-url|--find-links|file://|@ /|/home/|https?://", text), name
