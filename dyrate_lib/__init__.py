@@ -3,9 +3,11 @@
 from .attention import attention_shares
 from .errors import DyRateError, InputError, RecordError, ResourceError
 from .generation import GenerationOutput, Trace, generate
+from .loading import load_vlm, prepare_inputs
 from .methods import VTW, DepthPrune, DyRate, FastV, Method, NoReduction, RandomPrune, RatePath, vtw_search
-from .models import chat_prompt, load_vlm, model_info, prepare_inputs
+from .models import model_info
 from .predictor import RatePredictor
+from .prompts import chat_prompt
 
 __version__ = "0.1.0"
 

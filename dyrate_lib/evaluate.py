@@ -19,8 +19,8 @@ from .accounting import flops
 from .errors import InputError
 from .generation import GenerationOutput, generate
 from .methods import DyRate, Method, NoReduction
-from .models import Adapter, ModelInfo, chat_prompt, model_info
-from .prompts import IMAGE_TOKEN
+from .models import Adapter, ModelInfo, model_info
+from .prompts import IMAGE_TOKEN, chat_prompt
 
 if TYPE_CHECKING:
     from .datasets import CaptionDataset, Item

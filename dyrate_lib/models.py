@@ -1,4 +1,4 @@
-"""Loading VLMs, and the one place that knows how transformers builds them.
+"""The one place that knows how transformers builds a VLM.
 
 Everything else in the library sees a model through `Adapter`: its layers, how a layer makes queries, keys and values,
 how it ends, and how a batch of prompts and pictures becomes embeddings with a type for every token.
@@ -7,37 +7,13 @@ how it ends, and how a batch of prompts and pictures becomes embeddings with a t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import paths
-from .errors import InputError, ResourceError
+from .errors import InputError
 from .masks import IMG, INS, PAD, SYS
-from .prompts import SYSTEM_PROMPT, chat_prompt
-
-__all__ = ["SYSTEM_PROMPT", "Adapter", "ModelInfo", "Prompt", "chat_prompt", "load_vlm", "model_info", "prepare_inputs"]
-
-SCENES = ("scenes-small", "scenes-base")
-# The exact dimensions of the published checkpoints (their config.json files); weights are random.
-_LLAVA_DIMS = {
-    "llava-1.5-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "llava-1.5-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-    },
-    # for tests: the same classes, small enough for a CPU, 36 image tokens
-    "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 8, "num_attention_heads": 4},
-}
 
 
 @dataclass(frozen=True)
@@ -318,172 +294,3 @@ def check_prompt(
         )
     if int(per_row.max()) > info.n_image_tokens:
         raise InputError("A prompt holds several pictures; one picture a prompt is supported.")
-
-
-def prepare_inputs(
-    processor: Any,
-    images: list | None,
-    prompts: list[str],
-    device: str | torch.device | None = None,
-    max_length: int | None = None,
-) -> dict[str, Tensor]:
-    """Pictures and full chat prompts to a left-padded batch.
-
-    images: one PIL picture (or path, or bytes) a prompt, None for a text-only prompt, or None for none at all.
-    Returns input_ids and attention_mask [B, T] int64, pixel_values [pictures, 3, h, w] float32 if there are pictures.
-
-    Raises:
-        InputError: not an image; no or several `<image>` placeholders where one picture is given; a placeholder without
-            a picture; a prompt longer than `max_length` tokens.
-    """
-    from .images import load_image
-
-    images = list(images) if images is not None else [None] * len(prompts)
-    if not prompts:
-        raise InputError("No prompts were given: pass at least one.")
-    if len(images) != len(prompts):
-        raise InputError(
-            f"{len(images)} images for {len(prompts)} prompts: pass one for each, None for a text-only prompt."
-        )
-    token = getattr(processor, "image_token", "<image>")
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        found, wanted = prompt.count(token), int(image is not None)
-        if found != wanted:
-            raise InputError(
-                f"Prompt {i} holds {found} {token} placeholder(s) but {wanted} picture(s): write {token} once where the "
-                "picture belongs (chat_prompt() does), and none in a text-only prompt."
-            )
-    pictures = [load_image(image) for image in images if image is not None]
-    processor.tokenizer.padding_side = "left"
-    batch = processor(images=pictures or None, text=prompts, padding=True, return_tensors="pt")
-    length = batch["input_ids"].shape[1]
-    if max_length is not None and length > max_length:
-        raise InputError(f"The longest prompt has {length} tokens, more than the {max_length} allowed: shorten it.")
-    keys = ("input_ids", "attention_mask", "pixel_values")
-    return {key: batch[key].to(device) if device is not None else batch[key] for key in keys if key in batch}
-
-
-def _device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
-    device = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ResourceError(
-            "A GPU was asked for (device='cuda') but torch sees none: use device='cpu', or install a CUDA build."
-        )
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def load_vlm(
-    name: str | Path, device: Any = None, dtype: Any = None, attn_implementation: str = "sdpa"
-) -> tuple[Any, Any]:
-    """Load a VLM and its processor: `(model, processor)`, the model in eval mode.
-
-    name: "scenes-small" or "scenes-base" (shipped); a local folder in the layout of `llava-hf/llava-1.5-7b-hf`; a hub id;
-        "random:llava-1.5-7b", "random:llava-1.5-13b", "random:tiny": the exact dimensions with random weights (seed 0),
-        for speed and memory only, never for quality; their processor has the scenes vocabulary.
-    device: None takes a GPU where there is one. dtype: None is float32 on a CPU, bfloat16 on a GPU.
-
-    Raises:
-        ResourceError: weights or GPU missing. InputError: the folder holds something else than a LLaVA model.
-    """
-    device, dtype = _device_and_dtype(device, dtype)
-    name = str(name)
-    if name.startswith("random:"):
-        model, processor = _random_vlm(name.removeprefix("random:"), device, dtype, attn_implementation)
-    else:
-        model, processor = _pretrained_vlm(name, device, dtype, attn_implementation)
-    model.eval().requires_grad_(False)
-    model.dyrate_name, model.dyrate_processor = name, processor
-    return model, processor
-
-
-def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
-
-    source = str(paths.checkpoints() / name) if name in SCENES else name
-    looks_local = name in SCENES or name.startswith((".", "/", "~")) or Path(source).exists()
-    source = str(Path(source).expanduser()) if looks_local else source
-    if looks_local and not (Path(source) / "config.json").is_file():
-        raise ResourceError(
-            f"No model at {source}: config.json is missing. Pass the folder that save_pretrained wrote, or a hub id."
-        )
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type != "llava":
-            raise InputError(
-                f"{name} is a {config.model_type!r} model; LLaVA-1.5-style models (model_type 'llava') are supported."
-            )
-        model = LlavaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn, use_safetensors=True
-        )
-        processor = AutoProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ResourceError(f"Weights or processor files of {name} could not be loaded: {error}") from error
-    if getattr(processor, "patch_size", None) is None:  # older LLaVA folders leave these to the model's config
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = 1
-    processor.tokenizer.padding_side = "left"
-    return model.to(device), processor
-
-
-def _random_vlm(kind: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[Any, Any]:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    from .scenes.tokenizer import build_processor
-
-    if kind not in _LLAVA_DIMS:
-        raise InputError(f"random:{kind} is unknown; there are {', '.join('random:' + k for k in _LLAVA_DIMS)}.")
-    tiny = kind == "tiny"
-    vision = (
-        CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=84,
-            patch_size=14,
-            projection_dim=64,
-        )
-        if tiny
-        else CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        )
-    )
-    processor = build_processor()
-    side = vision.image_size
-    processor.image_processor.size = {"shortest_edge": side}
-    processor.image_processor.crop_size = {"height": side, "width": side}
-    tokenizer = processor.tokenizer
-    vocab = max(len(tokenizer), 0) if tiny else 32064
-    text = LlamaConfig(
-        vocab_size=vocab, max_position_embeddings=4096, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, rms_norm_eps=1e-5, **_LLAVA_DIMS[kind],
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(vision.image_size // 14) ** 2, vision_feature_layer=-2, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-            torch.manual_seed(0)
-            model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attn)
-            if tiny:  # weights as large as in a trained model, so that attention is far from uniform
-                for parameter in model.parameters():
-                    parameter.data.add_(torch.randn_like(parameter) * 0.18)
-    finally:
-        torch.set_default_dtype(default)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, processor

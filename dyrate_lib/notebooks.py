@@ -169,8 +169,9 @@ def run_notebook(
     """Execute a notebook into `out_dir`/<name>.ipynb (default build/notebooks) and return that file.
 
     The kernel is this Python, its folder the notebook's own. A failing notebook becomes `<name>.failed.ipynb` and an
-    earlier good one stays. Raises InputError (unknown notebook or parameter, before anything runs), ResourceError
-    (papermill missing, folder not writable), NotebookFailed.
+    earlier good one stays; one that stopped as asked (stage = "records") becomes `<name>.records.ipynb`. Raises
+    InputError (unknown notebook or parameter, before anything runs), ResourceError (papermill missing, folder not
+    writable), NotebookFailed.
     """
     source = find_notebook(name)
     values = check_parameters(source, params or {})
@@ -189,6 +190,10 @@ def run_notebook(
                 stderr_file=sys.stderr if progress else None,
             )  # fmt: skip
     except papermill.PapermillExecutionError as error:
+        if error.ename == "StageDone":  # stopped where it was asked to, once its records were there
+            stopped = folder / f"{source.stem}.records.ipynb"
+            os.replace(part, stopped)
+            return stopped
         os.replace(part, failed)
         raise NotebookFailed(_failure(source.stem, error, failed)) from None
     except OSError as error:

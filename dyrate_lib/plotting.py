@@ -21,7 +21,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dyrate_lib import paths
 from dyrate_lib.errors import InputError, ResourceError
 
 WIDTH_COLUMN = 3.5  # inches, one column of an IEEE page
@@ -49,13 +48,13 @@ TOKEN_TYPES = ("sys", "img", "ins", "res")
 TOKEN_COLORS = {"sys": GREY, "img": VERMILION, "ins": SKY, "res": BLUE}
 FAMILY_COLORS = {"short": BLACK, "narrative": BLUE, "late": ORANGE}
 
-_RC: dict[str, Any] = {
+_RC: Any = {  # Any: matplotlib types its keys one by one
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False, "lines.linewidth": 1.2, "lines.markersize": 4,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.4, "grid.alpha": 0.4,
     "axes.axisbelow": True, "figure.constrained_layout.use": True, "figure.figsize": (WIDTH_COLUMN, 2.4), "figure.dpi": 150,
     "savefig.dpi": 300, "savefig.bbox": None, "pdf.fonttype": 42, "ps.fonttype": 42, "text.usetex": False,
-    "axes.prop_cycle": mpl.cycler(color=[BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK]),
+    "axes.prop_cycle": plt.cycler(color=[BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK]),
 }  # fmt: skip
 
 
@@ -142,7 +141,7 @@ def _cell(value: Any, digits: int) -> str:
 
 
 def save_table(df: pd.DataFrame, name: str, folder: Path | str, caption: str = "", digits: int = 2) -> list[Path]:
-    """Write `folder/name.csv` (10 significant digits), `.md` and `.tex` (booktabs; floats with `digits` decimals, gaps as a dash).
+    """Write `folder/name.csv` (10 digits), `.md` and `.tex` (booktabs; floats with `digits` decimals, gaps as a dash).
 
     The index is not written: reset it first if it matters. Raises as save_figure does, and InputError for an empty table.
     """
@@ -177,17 +176,6 @@ def markdown_table(df: pd.DataFrame, digits: int = 2) -> str:
     """The table as Markdown text, as save_table writes it, to print in a notebook or a README."""
     with tempfile.TemporaryDirectory() as folder:
         return save_table(df, "table", folder, digits=digits)[1].read_text(encoding="utf-8").rstrip("\n")
-
-
-def out_folders(out: str | Path = "") -> tuple[Path, Path]:
-    """Where a notebook's figures and tables go for its parameter `out`.
-
-    "" is build/; the project's own folder is figures/ for both (the committed ones); any other folder gets figures/ and tables/.
-    """
-    folder = Path(out).expanduser().resolve() if str(out) else paths.build()
-    if folder == paths.root():
-        return paths.figures(), paths.figures()
-    return folder / "figures", folder / "tables"
 
 
 def seen_by_model(image: Image.Image, size: int = 336) -> Image.Image:

@@ -26,9 +26,13 @@ from .attention import (
     with_response,
 )
 from .errors import InputError
+from .loading import prepare_inputs
 from .masks import PAD
-from .models import Adapter, ModelInfo, Prompt, chat_prompt, model_info, prepare_inputs
+from .models import Adapter, ModelInfo, Prompt, model_info
 from .predictor import RatePredictor
+from .prompts import chat_prompt
+
+_STANDARDISE_BATCHES = 8  # batches whose shares set the scale of the classifier's inputs
 
 
 @dataclass
@@ -153,12 +157,6 @@ def hard_distribution(logits: Tensor) -> Tensor:
     return F.one_hot(logits.argmax(-1).cummax(dim=1).values, logits.shape[-1]).to(logits.dtype)
 
 
-def straight_through_argmax(logits: Tensor) -> Tensor:
-    """Argmax one-hots with the softmax's gradient, [B, R, n_rates]."""
-    soft = torch.softmax(logits, dim=-1)
-    return F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype) + soft - soft.detach()
-
-
 def encode_responses(tokenizer: Any, texts: Sequence[str], limit: int, device: Any) -> tuple[Tensor, list[int]]:
     """Responses as right-padded ids with EOS: ([B, R] int64, lengths)."""
     rows = []
@@ -180,6 +178,18 @@ def _batches(dataset: Any, batch_size: int, generator: torch.Generator) -> Itera
         yield from (order[i : i + size] for i in range(0, len(order) - size + 1, size))
 
 
+def _inputs(model: Any, processor: Any, dataset: Any, indices: list[int], items: list[Any], device: Any) -> dict:
+    """One batch of prompts; pictures of a `CaptionDataset` are made once and kept (a sweep sees them hundreds of times)."""
+    from .datasets import CaptionDataset
+    from .evaluate import batches
+
+    if isinstance(dataset, CaptionDataset):
+        return next(batches(model, processor, dataset, indices, len(indices)))[1]
+    return prepare_inputs(
+        processor, [item.image for item in items], [chat_prompt(item.prompt) for item in items], device
+    )
+
+
 def train_predictor(
     model: Any,
     processor: Any,
@@ -192,9 +202,8 @@ def train_predictor(
     steps: int = 300,
     batch_size: int = 16,
     lr: float = 0.02,
-    lam: float = 20.0,
-    tau: tuple[float, float] = (5.0, 0.5),
-    flops_term: str = "expected",
+    lam: float = 100.0,
+    tau: tuple[float, float] = (2.0, 0.1),
     seed: int = 0,
     max_new_tokens: int = 64,
     progress: bool = True,
@@ -204,10 +213,10 @@ def train_predictor(
 
     dataset: items with `image`, `prompt` (user text) and `references`; one reference is drawn at random each time.
     target: the FLOPs ratio to reach, in `convention` ("paper", "paper-prefill" or "cached", named in the file).
-    Loss = cross-entropy on the response + lam * (FLOPs ratio of the batch - target)^2. tau: Gumbel temperature, from
-    the first to the last step, geometric.
-    flops_term: "expected", the exact expectation under independent draws (discarding is final, so the rate in force is
-    the highest so far), or "argmax", the path that inference takes, straight through.
+    Loss = cross-entropy on the response + lam * (expected FLOPs ratio of the batch - target)^2; the expectation is
+    exact under independent draws (discarding is final, so the rate in force is the highest so far).
+    tau: temperature of the distribution from the first to the last step, geometric; at the end a draw is nearly the
+    argmax that inference takes.
 
     Raises:
         InputError: a setting out of range, raised before the model runs.
@@ -217,29 +226,40 @@ def train_predictor(
         raise InputError(f"target={target} must be a FLOPs ratio in (0, 1].")
     if not 1 <= layer < adapter.n_layers:
         raise InputError(f"layer={layer} is out of range: choose 1..{adapter.n_layers - 1} for this model.")
-    if steps < 1 or batch_size < 1 or flops_term not in ("expected", "argmax"):
-        raise InputError("steps and batch_size must be at least 1, flops_term 'expected' or 'argmax'.")
+    if steps < 1 or batch_size < 1 or min(tau) <= 0:
+        raise InputError("steps and batch_size must be at least 1, temperatures above 0.")
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
     noise = torch.Generator(device=device).manual_seed(seed)
     predictor = RatePredictor(adapter.n_heads, n_rates, layer).to(device).train()
+    learner: _Standardised | None = None
     optimizer = torch.optim.Adam(predictor.parameters(), lr=lr)
     ratio_of = FlopsRatio(info, layer, n_rates, convention)
     history: list[dict[str, float]] = []
     batches = _batches(dataset, batch_size, draw)
-    for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress):
-        items = [dataset[i] for i in next(batches)]
-        texts = [item.references[int(torch.randint(len(item.references), (1,), generator=draw))] for item in items]
-        inputs = prepare_inputs(
-            processor, [item.image for item in items], [chat_prompt(item.prompt) for item in items], device
-        )
+
+    def read_batch() -> tuple[TeacherForced, Tensor, list[int]]:
+        indices = next(batches)
+        items = [dataset[i] for i in indices]
+        picks = [int(torch.randint(len(item.references), (1,), generator=draw)) for item in items]
+        texts = [item.references[pick] for item, pick in zip(items, picks, strict=True)]
+        inputs = _inputs(model, processor, dataset, indices, items, device)
         response, lengths = encode_responses(processor.tokenizer, texts, max_new_tokens, device)
-        forced = read_prompt_and_response(adapter, adapter.embed(inputs), response, layer)
+        return read_prompt_and_response(adapter, adapter.embed(inputs), response, layer), response, lengths
+
+    for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress):
+        forced, response, lengths = read_batch()
+        if learner is None:
+            rows = [forced.shares[b, :n] for b, n in enumerate(lengths)]
+            for _ in range(_STANDARDISE_BATCHES - 1):
+                more, _, more_lengths = read_batch()
+                rows += [more.shares[b, :n] for b, n in enumerate(more_lengths)]
+            learner = _Standardised(predictor, torch.cat(rows))
         now = tau[0] * (tau[1] / tau[0]) ** (step / max(steps - 1, 1))
         figures, loss = predictor_loss(
-            adapter, predictor, forced, response, lengths, ratio_of, now, target, lam, flops_term, noise
+            adapter, learner(forced.shares), forced, response, lengths, ratio_of, now, target, lam, noise
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -249,30 +269,57 @@ def train_predictor(
             callback(step, history[-1])
     predictor.metadata.update(
         model=info.name, target=target, convention=convention, seed=seed, steps=steps, batch_size=batch_size,
-        lr=lr, lam=lam, tau=list(tau), flops_term=flops_term,
+        lr=lr, lam=lam, tau=list(tau),
     )  # fmt: skip
+    learner.fold()
     return TrainResult(predictor.cpu().eval().requires_grad_(False), history)
 
 
 def predictor_loss(
-    adapter: Adapter, predictor: RatePredictor, forced: TeacherForced, response: Tensor, lengths: Sequence[int],
-    ratio_of: FlopsRatio, tau: float, target: float, lam: float, flops_term: str, noise: torch.Generator | None,
+    adapter: Adapter, logits: Tensor, forced: TeacherForced, response: Tensor, lengths: Sequence[int],
+    ratio_of: FlopsRatio, tau: float, target: float, lam: float, noise: torch.Generator | None,
 ) -> tuple[dict[str, float], Tensor]:  # fmt: skip
-    """One batch's loss: (figures for the history, scalar with a gradient in the predictor only)."""
-    logits = predictor(forced.shares)
-    one_hot = masks.gumbel_one_hot(logits, tau, noise)
-    rate_masks = masks.prefix_masks(
-        masks.kept_counts(forced.prompt.n_image, predictor.n_rates), forced.scores.shape[1]
-    ).float()
+    """One batch's loss from the predictor's logits [B, R, n_rates]: (figures for the history, differentiable scalar).
+
+    The temperature sharpens the distribution itself, for the draws and for the expected FLOPs alike. At a fixed one the
+    two part: over the steps the highest of many draws lies far above the argmax, so training would meet the target
+    where inference, which takes the argmax, does not come near it.
+    """
+    n_rates = logits.shape[-1]
+    sharpened = logits / tau
+    one_hot = masks.gumbel_one_hot(sharpened, 1.0, noise)
+    rate_masks = masks.prefix_masks(masks.kept_counts(forced.prompt.n_image, n_rates), forced.scores.shape[1]).float()
     keep = masks.select_masks(one_hot, rate_masks)
     predicted = masked_logits(adapter, forced, keep)
     valid = (
         torch.arange(response.shape[1], device=response.device) < torch.tensor(lengths, device=response.device)[:, None]
     )
     ce = F.cross_entropy(predicted[valid].float(), response[valid])
-    pi = torch.softmax(logits, dim=-1) if flops_term == "expected" else straight_through_argmax(logits)
-    ratio = ratio_of(masks.running_rate_distribution(pi), forced.prompt, lengths).mean()
+    in_force = masks.running_rate_distribution(torch.softmax(sharpened, dim=-1))
+    ratio = ratio_of(in_force, forced.prompt, lengths).mean()
     with torch.no_grad():
         hard = ratio_of(hard_distribution(logits), forced.prompt, lengths).mean()
     figures = {"ce": float(ce.detach()), "flops_ratio": float(ratio.detach()), "hard_ratio": float(hard)}
     return figures, ce + lam * (ratio - target) ** 2
+
+
+class _Standardised(torch.nn.Module):
+    """The linear classifier on standardised shares while it learns; `fold` gives the plain one that computes the same.
+
+    Shares differ between rows by a few hundredths, a bias by whole units: without this the bias alone would learn.
+    """
+
+    def __init__(self, predictor: RatePredictor, rows: Tensor) -> None:
+        super().__init__()
+        flat = rows.float().flatten(-2).reshape(-1, 4 * predictor.n_heads)
+        self.predictor, self.mean, self.std = predictor, flat.mean(0), flat.std(0).clamp(min=1e-3)
+
+    def forward(self, shares: Tensor) -> Tensor:
+        return self.predictor.linear((shares.float().flatten(-2) - self.mean) / self.std)
+
+    @torch.no_grad()
+    def fold(self) -> RatePredictor:
+        linear = self.predictor.linear
+        linear.weight.div_(self.std)
+        linear.bias.sub_(linear.weight @ self.mean)
+        return self.predictor

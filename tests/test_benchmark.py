@@ -35,7 +35,7 @@ def test_time_callable_measures_what_it_calls():
     calls = []
     timing = time_callable(lambda: (calls.append(1), time.sleep(0.01)), "cpu", warmup=2, repeats=5)
     assert len(calls) == 7 and timing.n == 5 == len(timing.samples_ms)
-    assert 10 <= timing.median_ms < 40 and timing.iqr_ms >= 0
+    assert 10 <= timing.median_ms < 100 and timing.iqr_ms >= 0
 
 
 def test_timing_is_robust_against_one_slow_call():
@@ -45,11 +45,11 @@ def test_timing_is_robust_against_one_slow_call():
 
 def test_latency_keeps_prefill_and_decode_apart():
     calls = []
-    result = latency(sleeper(0.03, 0.005, calls), new_tokens=11, device="cpu", warmup=1, repeats=5, batch=2)
+    result = latency(sleeper(0.05, 0.02, calls), new_tokens=11, device="cpu", warmup=1, repeats=5, batch=2)
     assert calls == [1, 11] * 6  # alternating, the warm-up included
-    assert 30 <= result["prefill_ms"] < 45
-    assert 4 <= result["decode_ms_per_token"] < 8
-    assert 80 <= result["end_to_end_ms"] < 110
+    assert 50 <= result["prefill_ms"] < 90
+    assert 16 <= result["decode_ms_per_token"] < 35
+    assert 250 <= result["end_to_end_ms"] < 400
     assert result["tokens_per_second"] == pytest.approx(2 * 11 / result["end_to_end_ms"] * 1000)
     assert (result["peak_bytes"], result["working_bytes"]) == (None, None)
     assert (result["new_tokens"], result["batch"], result["repeats"]) == (11, 2, 5)

@@ -42,7 +42,7 @@ def test_exact_dimensions_of_the_random_models():
     """Counted on the meta device: the published parameter counts are 7.06 and 13.35 billion."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from dyrate_lib.models import _LLAVA_DIMS
+    from dyrate_lib.loading import _LLAVA_DIMS
 
     for kind, billions in (("llava-1.5-7b", 7.063), ("llava-1.5-13b", 13.351)):
         vision = CLIPVisionConfig(

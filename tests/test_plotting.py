@@ -119,13 +119,6 @@ def test_tables_escape_what_their_format_would_misread(tmp_path):
         assert not re.search(r"[%$#_~^]", bare)
 
 
-def test_the_project_folder_as_out_means_the_committed_figures(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYRATE_HOME", str(tmp_path))
-    assert plotting.out_folders("") == (tmp_path / "build" / "figures", tmp_path / "build" / "tables")
-    assert plotting.out_folders(tmp_path) == (tmp_path / "figures", tmp_path / "figures")
-    assert plotting.out_folders(str(tmp_path / "x")) == (tmp_path / "x" / "figures", tmp_path / "x" / "tables")
-
-
 def test_a_cell_with_a_line_break_stays_one_row(tmp_path):
     _, md, tex = (p.read_text() for p in plotting.save_table(pd.DataFrame({"a": ["x\ny"]}), "t", tmp_path))
     assert "| x y |" in md and "    x y \\\\" in tex

@@ -23,6 +23,9 @@ from dyrate_lib.errors import InputError, RecordError, ResourceError
 from dyrate_lib.records import hash_inputs, read_record, record_key, to_plain, write_record
 from dyrate_lib.store import Store, get_or_run, run_items
 
+# another process must find the library wherever the tests are started from
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[1])}
+
 
 class Counted:
     """A function that counts its calls; on items it gives the length of each."""
@@ -333,7 +336,8 @@ run_items("n", {}, [f"item-{i:02d}" for i in range(60)], slow, store=sys.argv[1]
 
 
 def test_a_kill_loses_one_batch_at_most(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(tmp_path)], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", SLOW_RUN, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.rglob("*.json.gz"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
@@ -421,7 +425,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     command = ["unshare", "--mount", "sh", "-c", inside, str(tmp_path), sys.executable, FULL_DISK]
     if not shutil.which("unshare") or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("a small file system of its own needs root and unshare")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     if "mount:" in done.stderr:
         pytest.skip("this machine does not let root mount a tmpfs")
     calls, errors, parts = json.loads(done.stdout)

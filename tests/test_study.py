@@ -156,6 +156,13 @@ def test_a_failing_notebook_shows_its_error_and_leaves_the_last_good_one(project
     assert sorted(p.name for p in target.iterdir()) == ["x.ipynb"]
 
 
+def test_a_notebook_that_stops_as_asked_is_no_failure_and_no_finished_one(project):
+    cell = "class StageDone(Exception): pass\nraise StageDone('all records are there')"
+    file = write_notebook(project / "notebooks" / "x.ipynb", cell)
+    assert study.run_notebook(file, out_dir=project / "done", progress=False).name == "x.records.ipynb"
+    assert [p.name for p in (project / "done").iterdir()] == ["x.records.ipynb"]
+
+
 def test_reproduce_resumes_after_a_failure_and_runs_again_what_changed(project, capsys):
     broken = write_notebook(project / "notebooks" / "07_verdict.ipynb", "raise RuntimeError('later')")
     with pytest.raises(study.NotebookFailed):

@@ -87,17 +87,16 @@ def test_gradient_of_the_masks_matches_finite_differences(tiny, alone):
         model.float()
 
 
-@pytest.mark.parametrize("flops_term", ["expected", "argmax"])
-def test_training_moves_towards_the_target_and_repeats_itself(tiny, items, flops_term):
-    settings = dict(target=0.8, layer=2, steps=40, batch_size=4, lr=0.05, progress=False, flops_term=flops_term)
+def test_training_moves_towards_the_target_and_repeats_itself(tiny, items):
+    settings = dict(target=0.8, layer=2, steps=40, batch_size=4, lr=0.05, progress=False)
     first = train_predictor(*tiny, items, **settings, seed=3)
     again = train_predictor(*tiny, items, **settings, seed=3)
     other = train_predictor(*tiny, items, **settings, seed=4)
     assert torch.equal(first.predictor.linear.weight, again.predictor.linear.weight)
     assert not torch.equal(first.predictor.linear.weight, other.predictor.linear.weight)
     start, end = first.history[0], first.history[-1]
-    assert abs(end["flops_ratio"] - 0.8) < 0.05
-    assert start["tau"] == pytest.approx(5.0) and end["tau"] == pytest.approx(0.5)
+    assert abs(end["flops_ratio"] - 0.8) < 0.05 and abs(end["hard_ratio"] - 0.8) < 0.05
+    assert start["tau"] == pytest.approx(2.0) and end["tau"] == pytest.approx(0.1)
     assert first.predictor.layer == 2 and first.predictor.metadata["target"] == 0.8
     assert all(not p.requires_grad and p.grad is None for p in tiny[0].parameters())
 
@@ -119,7 +118,7 @@ def test_refusals(tiny, items):
         (dict(target=0.0), "target"),
         (dict(layer=0), "layer"),
         (dict(steps=0), "steps"),
-        (dict(flops_term="x"), "flops_term"),
+        (dict(tau=(1.0, 0.0)), "temperatures"),
     ):
         with pytest.raises(InputError, match=word):
             train_predictor(*tiny, items, progress=False, **bad)

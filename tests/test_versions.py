@@ -25,7 +25,7 @@ LOCK = {
 }
 DECLARED = [Requirement(r) for group in (PROJECT["dependencies"], *EXTRAS.values()) for r in group]
 # What a package is imported as, where that is not its name.
-IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL"}
+IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "ipython": "IPython"}
 
 
 def locked_environment():
@@ -48,7 +48,10 @@ def test_the_lock_is_closed():
     """Everything that a locked package needs here is locked too, in a version it accepts."""
     if not locked_environment():
         pytest.skip("the installed versions are not the locked ones, so their needs say nothing of the lock")
+    oldest = "3.11.0"  # of what pyproject allows
     for name in LOCK:
+        python = metadata.metadata(name).get("Requires-Python", "")
+        assert Requirement(f"python{python}").specifier.contains(oldest), f"{name} needs Python {python}"
         for text in metadata.requires(name) or []:
             need = Requirement(text)
             if need.marker is None or need.marker.evaluate({"extra": ""}):

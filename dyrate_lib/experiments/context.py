@@ -1,0 +1,446 @@
+"""What the notebooks share: one `Study` with checked parameters, models, data sets, predictors, records and output folders.
+
+A notebook opens its study, asks for records (computed where they are missing, read where they are there) and turns them
+into tables and figures. With every record present neither weights nor a GPU are needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from .. import paths
+from ..datasets import CaptionDataset, open_dataset
+from ..errors import DyRateError, InputError, ResourceError
+from ..evaluate import MethodFor, describe, predict
+from ..loading import SCENES, load_vlm
+from ..methods import VTW, DyRate, FastV, Method, NoReduction, RandomPrune
+from ..models import ModelInfo, model_info
+from ..predictor import RatePredictor
+from ..store import Store, get_or_run, run_items
+from .scales import Scale, resolve_scale
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from ..metrics import CaptionScores
+
+Record = dict[str, Any]
+
+ROLE_SPECS = {
+    "coco": "scenes:short:test", "nocaps": "scenes:short:novel", "flickr30k": "scenes:narrative:test",
+    "late": "scenes:late:test", "questions": "scenes:questions:test",
+}  # fmt: skip
+ROLE_LABELS = {
+    "coco": "scenes short, test (as COCO2017)", "nocaps": "scenes short, unseen pairs (as Nocaps)",
+    "flickr30k": "scenes narrative, test (as Flickr30k)", "late": "scenes late, test", "questions": "scenes questions, test",
+}  # fmt: skip
+MODEL_ROLES = {"small": "7B", "base": "13B"}
+NOT_DRAWN = "*Left out here: this needs scenes, whose truth is known word by word.*"
+
+
+class StageDone(DyRateError):
+    """Not a failure: all records are there, and the notebook was asked to stop at that point (stage = "records")."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows instead of a traceback
+        return [str(self)]
+
+
+@dataclasses.dataclass
+class Study:
+    """One notebook's view of the study; make it with `open_study`. `keys` names the models: "small" and "base"."""
+
+    notebook: str
+    scale: Scale
+    records: str
+    out: Path
+    seed: int
+    names: dict[str, str]
+    data: str
+    stage: str
+    store: Store
+    scores_store: Store
+    progress: bool = True
+    _models: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict, repr=False)
+    _datasets: dict[tuple, CaptionDataset] = dataclasses.field(default_factory=dict, repr=False)
+    _ids: dict[str, list[str]] = dataclasses.field(default_factory=dict, repr=False)
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The models to work on: small and base, or small alone where both are the same model."""
+        return ("small",) if self.names["small"] == self.names["base"] else ("small", "base")
+
+    @property
+    def records_only(self) -> bool:
+        """Whether to stop once the records are there."""
+        return self.stage == "records"
+
+    @property
+    def on_scenes(self) -> bool:
+        """Whether the data are scenes, whose truth is known."""
+        return self.data == "scenes"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Caption sets to work on: the three of Table II and `late`; with a COCO folder that folder alone."""
+        return ("coco", "nocaps", "flickr30k", "late") if self.on_scenes else ("coco",)
+
+    @property
+    def project(self) -> bool:
+        """Whether output goes into the project itself (figures and tables then share one folder)."""
+        return self.out == paths.root()
+
+    @property
+    def figures(self) -> Path:
+        return self.out / "figures"
+
+    @property
+    def tables(self) -> Path:
+        return self.figures if self.project else self.out / "tables"
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    def model_name(self, key: str) -> str:
+        """The model's name as load_vlm takes it."""
+        if key not in self.names:
+            raise InputError(f"no model {key!r}: there are {', '.join(self.names)}")
+        return self.names[key]
+
+    def label(self, key: str) -> str:
+        """The model's name for a table, with the role it plays."""
+        name = Path(self.model_name(key)).name
+        return f"{name} (as {MODEL_ROLES[key]})" if name in SCENES else name
+
+    def dtype(self, key: str) -> str:
+        """Scenes models run in float32 everywhere, so that records do not hang on the machine; others in load_vlm's default."""
+        import torch
+
+        shipped = Path(self.model_name(key)).name in SCENES
+        return "bfloat16" if torch.cuda.is_available() and not shipped else "float32"
+
+    def model(self, key: str) -> tuple[Any, Any]:
+        """(model, processor), loaded at the first call."""
+        name = self.model_name(key)
+        if name not in self._models:
+            from transformers.utils import logging
+
+            bars = logging.is_progress_bar_enabled()
+            logging.disable_progress_bar()  # loading takes moments, and its bar would differ from run to run
+            try:
+                self._models[name] = load_vlm(name, dtype=self.dtype(key))
+            finally:
+                if bars:
+                    logging.enable_progress_bar()
+        return self._models[name]
+
+    def info(self, key: str) -> ModelInfo:
+        """The model's dimensions, without its weights where its config lies here."""
+        name = self.model_name(key)
+        if name in self._models:
+            return model_info(self._models[name][0])
+        if name.startswith("random:"):
+            return model_info(load_vlm(name, device="meta")[0])
+        folder = self.weights(key)
+        if not folder:
+            return model_info(self.model(key)[0])
+        from transformers import AutoConfig
+
+        return model_info(SimpleNamespace(config=AutoConfig.from_pretrained(str(folder[0])), dyrate_name=name))  # type: ignore[arg-type]
+
+    def weights(self, key: str) -> list[Path]:
+        """The folder of the model's weights, whose content enters the keys of records; [] for a hub id or random weights."""
+        name = self.model_name(key)
+        folder = paths.checkpoints() / name if name in SCENES else Path(name).expanduser()
+        return [folder] if name in SCENES or folder.is_dir() else []
+
+    # -- predictors and methods ----------------------------------------------------------------------------------------
+
+    def predictor_file(self, key: str, target: float = 0.333, seed: int = 0) -> str:
+        """The name of a predictor's file."""
+        model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.model_name(key)).name)
+        return f"{model}_t{target:g}_s{seed}.safetensors"
+
+    def predictor_path(self, key: str, target: float = 0.333, seed: int = 0) -> Path:
+        """Where a trained predictor lies: what notebook 02 trained in this output folder, else the shipped one.
+
+        Raises:
+            ResourceError: there is none.
+        """
+        name = self.predictor_file(key, target, seed)
+        shipped = Path(self.model_name(key)).name in SCENES
+        folders = [paths.predictors()]
+        if self.records == "fresh" or not shipped:
+            folders.insert(0, self.out / "predictors")
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder / name
+        raise ResourceError(f"no predictor {name} in {' or '.join(map(str, folders))}: run notebook 02 for this model first")
+
+    def predictor(self, key: str, target: float = 0.333, seed: int = 0) -> RatePredictor:
+        """A trained predictor (see `predictor_path`)."""
+        return RatePredictor.load(self.predictor_path(key, target, seed))
+
+    def method(self, kind: str, key: str = "small", *, target: float = 0.333, seed: int = 0, **options: Any) -> Method:
+        """A method by its name in the paper's tables: original, fastv-2, fastv-3, vtw, random, dyrate.
+
+        target, seed: which predictor (dyrate); options: fields of the method to override.
+        """
+        if kind == "dyrate":
+            return DyRate(self.predictor(key, target, seed), **options)
+        made: dict[str, Callable[..., Method]] = {
+            "original": NoReduction, "vtw": VTW, "random": RandomPrune,
+            "fastv-2": lambda **o: FastV(**{"layer": 2, "rate": 0.5, **o}),
+            "fastv-3": lambda **o: FastV(**{"layer": 3, "rate": 0.5, **o}),
+        }  # fmt: skip
+        if kind not in made:
+            raise InputError(f"no method {kind!r}: there are {', '.join(made)}, dyrate")
+        return made[kind](**options)
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def dataset(self, role: str, n: int | None = None) -> CaptionDataset:
+        """The set that plays a role (`ROLE_SPECS`); with data="coco:/folder" that folder plays every caption role.
+
+        n: None takes the scale's count (a COCO folder with fewer pictures gives all it has).
+        """
+        if role not in ROLE_SPECS:
+            raise InputError(f"no data set in the role {role!r}: there are {', '.join(ROLE_SPECS)}")
+        n = n if n is not None else self.scale.n_questions if role == "questions" else self.scale.n_captions
+        if self.on_scenes or role == "questions":
+            place = (ROLE_SPECS[role], n)
+        else:
+            whole = self._datasets.setdefault((self.data, None), open_dataset(self.data, None, self.seed))
+            place = (self.data, min(n, len(whole)))
+        if place not in self._datasets:
+            self._datasets[place] = open_dataset(*place, self.seed)
+        return self._datasets[place]
+
+    def ids(self, dataset: CaptionDataset) -> list[str]:
+        """The ids of a data set's items, remembered."""
+        key = f"{dataset.spec}/{len(dataset)}/{dataset.seed}"
+        if key not in self._ids:
+            self._ids[key] = [item.id for item in dataset]
+        return self._ids[key]
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def each(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+        """The items, under a progress bar that shows itself only where the work takes a while."""
+        from tqdm import tqdm
+
+        return tqdm(list(items), desc=f"{self.notebook}: {what}", delay=2, disable=not self.progress)
+
+    def record(
+        self, name: str, config: Mapping[str, Any], fn: Callable[[], Any], *, models: Sequence[str] = (),
+        inputs: Sequence[str | Path] = (), about: Mapping[str, Any] | None = None, store: Store | None = None,
+    ) -> Record:  # fmt: skip
+        """get_or_run in this study's store (or `store`); names and weights of `models` enter the key, `inputs` too."""
+        config = {**config, "models": [Path(self.model_name(key)).name for key in models]}
+        files = [folder for key in models for folder in self.weights(key)] + list(inputs)
+        about = {**({"dtype": self.dtype(models[0])} if models else {}), **(about or {})}
+        return get_or_run(name, config, fn, store=store or self.store, inputs=files, about=about)
+
+    def captions(
+        self, key: str, role: str, method: Method | None = None, *, decoding: Mapping[str, Any] | None = None,
+        n: int | None = None, max_new_tokens: int | None = None,
+    ) -> Record:  # fmt: skip
+        """Replies of a model to the set in a role, under a method; payload: the list of `evaluate.predict`.
+
+        The same cell asked for by another notebook is the same record.
+        """
+        return self._cell(key, role, method, describe(method), decoding, n, max_new_tokens)
+
+    def per_picture(
+        self, key: str, role: str, factory: MethodFor, config: Mapping[str, Any], *, n: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Record:  # fmt: skip
+        """As `captions`, for a method that differs by picture: factory(indices of a batch) -> Method; config says what it is."""
+        return self._cell(key, role, factory, dict(config), None, n, max_new_tokens)
+
+    def _cell(
+        self, key: str, role: str, method: Method | MethodFor | None, description: dict[str, Any],
+        decoding: Mapping[str, Any] | None, n: int | None, max_new_tokens: int | None,
+    ) -> Record:  # fmt: skip
+        dataset = self.dataset(role, n)
+        longest = max_new_tokens or (4 if role == "questions" else self.scale.max_new_tokens)
+        config = {
+            "model": Path(self.model_name(key)).name, "data": dataset.identity, "method": description,
+            "decoding": dict(decoding or {}), "max_new_tokens": longest,
+        }  # fmt: skip
+        if (decoding or {}).get("do_sample"):
+            config["batch_size"] = self.scale.batch_size  # a draw depends on the batch it is made in
+
+        def run(indices: list[int]) -> list[dict[str, Any]]:
+            model, processor = self.model(key)
+            return predict(
+                model, processor, dataset, method, max_new_tokens=longest, batch_size=self.scale.batch_size,
+                decoding=decoding, indices=indices, progress=False,
+            )  # fmt: skip
+
+        record = run_items(
+            "captions", config, list(range(len(dataset))), run, store=self.store, batch_size=self.scale.batch_size,
+            inputs=self.weights(key), ids=self.ids(dataset), about={"dtype": self.dtype(key)},
+            progress=self.progress and len(dataset) > 4 * self.scale.batch_size,
+        )  # fmt: skip
+        return {**record, "payload": record["payload"]["results"]}
+
+    def scores(self, record: Record, role: str) -> CaptionScores:
+        """CIDEr, BLEU-4 and ROUGE-L of a record of captions. Kept in the store, so Java is needed the first time only."""
+        said = {entry["id"]: entry["text"] for entry in record["payload"]}
+        dataset = self.dataset(role, len(said))
+
+        def fn() -> dict[str, Any]:
+            from ..metrics import caption_scores
+
+            return _plain_scores(caption_scores(said, dataset.references()))
+
+        digest = hashlib.sha256(json.dumps(sorted(said.items())).encode()).hexdigest()
+        config = {"predictions": digest, "data": dataset.identity}
+        return _as_scores(get_or_run("scores", config, fn, store=self.scores_store)["payload"])
+
+    def reference_scores(self, role: str, n: int | None = None) -> CaptionScores:
+        """What one reference scores against the others of its picture (leave one out): the level of human agreement."""
+        dataset = self.dataset(role, n)
+
+        def fn() -> dict[str, Any]:
+            from ..metrics import leave_one_out
+
+            return _plain_scores(leave_one_out(dataset.references()))
+
+        config = {"predictions": "leave one out", "data": dataset.identity}
+        return _as_scores(get_or_run("scores", config, fn, store=self.scores_store)["payload"])
+
+    def end_of_records(self) -> None:
+        """Stops the notebook here if only its records were asked for (stage = "records")."""
+        if self.records_only:
+            raise StageDone(f"{self.notebook}: all records are there; stopped as asked (stage = 'records')")
+
+    # -- output ----------------------------------------------------------------------------------------------------
+
+    def save_figure(
+        self, fig: Figure | None, name: str, data: pd.DataFrame | None = None, otherwise: str = NOT_DRAWN
+    ) -> Any:
+        """Write the figure (pdf, png, csv of `data`), close it, and return it as a picture for the notebook to show.
+
+        fig: None where there is nothing to draw; then the text `otherwise` is shown.
+        """
+        import matplotlib.pyplot as plt
+        from IPython.display import Image, Markdown
+
+        from ..plotting import save_figure
+
+        if fig is None:
+            return Markdown(otherwise)
+
+        save_figure(fig, name, self.figures, data)
+        shown = io.BytesIO()
+        fig.savefig(shown, format="png", dpi=120, metadata={"Software": None})
+        plt.close(fig)
+        return Image(data=shown.getvalue(), format="png")
+
+    def save_table(self, df: pd.DataFrame, name: str, caption: str = "", digits: int = 2) -> Any:
+        """Write the table (csv, md, tex) and return it as Markdown for the notebook to show."""
+        from IPython.display import Markdown
+
+        from ..plotting import markdown_table, save_table
+
+        if not len(df):
+            return Markdown(NOT_DRAWN)
+        save_table(df, name, self.tables, caption, digits)
+        return Markdown(markdown_table(df, digits))
+
+    def save_quantities(self, quantities: Mapping[str, Any]) -> Path:
+        """Write what this notebook measured for the claims, for notebook 07 to judge."""
+        from ..compare import save_quantities
+
+        return save_quantities(quantities, self.notebook, self.tables)
+
+    def provenance(self, records: Sequence[Record]) -> str:
+        """Where records come from, in lines that depend on the records alone."""
+        made = [record["provenance"] for record in records]
+        if not made:
+            raise InputError("there is no record to tell the provenance of")
+
+        def distinct(field: str) -> str:
+            return ", ".join(sorted({str(entry[field]) for entry in made if entry.get(field)})) or "not known"
+
+        seconds = sum(float(entry["seconds"]) for entry in made)
+        versions = "; ".join(f"{field} {distinct(field)}" for field in ("python", "torch", "transformers"))
+        return (
+            f"{len(made)} records, scale {self.scale.name}, seed {self.seed}\n"
+            f"made on {distinct('device')} in {distinct('dtype')}\n"
+            f"{versions}; {seconds:.0f} s of computing, last on {max(str(entry['date']) for entry in made)[:10]}"
+        )
+
+
+def _plain_scores(scores: CaptionScores) -> dict[str, Any]:
+    return {
+        "cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "ids": list(scores.ids),
+        "per_image_cider": [round(value, 6) for value in scores.per_image_cider.tolist()],
+    }  # fmt: skip
+
+
+def _as_scores(payload: Mapping[str, Any]) -> CaptionScores:
+    import numpy as np
+
+    from ..metrics import CaptionScores
+
+    return CaptionScores(
+        payload["cider"], payload["bleu4"], payload["rouge_l"], tuple(payload["ids"]), np.asarray(payload["per_image_cider"])
+    )
+
+
+def open_study(
+    notebook: str, *, scale: str = "full", records: str = "committed", out: str = "", seed: int = 0,
+    model_small: str = "scenes-small", model_base: str = "scenes-base", data: str = "scenes", stage: str = "all",
+    progress: bool = True,
+) -> Study:  # fmt: skip
+    """Check a notebook's parameters and open its study; nothing is loaded yet.
+
+    scale: smoke, full, or auto (full where there is a GPU). records: "committed" reads data/results and computes what is
+    missing, except at full scale without a GPU, where missing records are an error; "fresh" reads nothing committed.
+    out: folder for figures, tables and new records, "" is build/. stage: "all", or "records" to stop when those are there.
+
+    Raises:
+        InputError: a value that is none of the known ones, before anything runs.
+    """
+    # tqdm would say once a session that Jupyter widgets are not installed; its text bars need none
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    sized = resolve_scale(scale)
+    for name, value, known in (("records", records, ("committed", "fresh")), ("stage", stage, ("all", "records"))):
+        if value not in known:
+            raise InputError(f"{name}={value!r} is unknown: choose {' or '.join(known)}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed={seed!r} must be a whole number, 0 or more")
+    if data != "scenes" and not data.startswith("coco:"):
+        raise InputError(f"data={data!r} is unknown: choose scenes, or coco:/folder")
+    names = {"small": model_small, "base": model_base}
+    if not all(isinstance(name, str) and name for name in names.values()):
+        raise InputError(f"model_small and model_base must be names or folders of models, got {names}")
+    folder = Path(out).expanduser().resolve() if out else paths.build()
+    build = paths.build() if folder == paths.root() else folder
+    if records == "fresh":
+        store = scores = Store.fresh(build)
+    else:
+        shipped = data == "scenes" and set(names.values()) == set(SCENES) and seed == 0
+        store = Store.committed(build, frozen=sized.name == "full" and shipped and not _has_gpu())
+        scores = Store.committed(build)
+    # a notebook run over finished records must print the same every time: no bars where nothing will be computed
+    return Study(notebook, sized, records, folder, seed, names, data, stage, store, scores, progress and not store.frozen)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,73 @@
+"""How large a run is: `full` is what the committed records were made at, `smoke` proves on two cores that all works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of one scale. Counts are of pictures unless said otherwise.
+
+    n_captions, n_questions: per cell of a table. n_ablation: per cell of the ablations. n_attention: per size and
+    caption family. n_visual: pictures whose masks are drawn. n_validation: for schedules of a trained predictor.
+    n_refresh: for FastV without a cache, whose cost is that of a prefill a token. n_search: VTW's layer search.
+    n_masked: random rate paths of the masked-equals-discarded check. batch_size: pictures generated together.
+    train_steps, train_batch: predictor training; ablation_steps: the same for predictors of the ablations only.
+    targets, predictor_seeds: what is trained and compared; sampling_seeds: draws of top-p and top-k.
+    bootstrap: resamples of an interval. latency_repeats, latency_warmup: timed runs. max_new_tokens: longest caption.
+    """
+
+    name: str
+    n_captions: int
+    n_questions: int
+    n_ablation: int
+    n_attention: int
+    n_visual: int
+    n_validation: int
+    n_refresh: int
+    n_search: int
+    n_masked: int
+    batch_size: int
+    train_steps: int
+    train_batch: int
+    ablation_steps: int
+    targets: tuple[float, ...]
+    predictor_seeds: tuple[int, ...]
+    sampling_seeds: tuple[int, ...]
+    bootstrap: int
+    latency_repeats: int
+    latency_warmup: int
+    max_new_tokens: int = 64
+
+
+SCALES = {
+    "smoke": Scale(
+        "smoke", n_captions=3, n_questions=8, n_ablation=3, n_attention=3, n_visual=2, n_validation=3, n_refresh=2,
+        n_search=2, n_masked=2, batch_size=8, train_steps=20, train_batch=2, ablation_steps=2, targets=(0.5, 0.333, 0.2),
+        predictor_seeds=(0,), sampling_seeds=(0,), bootstrap=200, latency_repeats=3, latency_warmup=1,
+    ),
+    "full": Scale(
+        "full", n_captions=500, n_questions=1000, n_ablation=500, n_attention=250, n_visual=6, n_validation=200,
+        n_refresh=200, n_search=20, n_masked=20, batch_size=250, train_steps=150, train_batch=12, ablation_steps=100,
+        targets=(0.5, 0.333, 0.2), predictor_seeds=(0, 1, 2), sampling_seeds=(0, 1, 2), bootstrap=1000,
+        latency_repeats=10, latency_warmup=2,
+    ),
+}  # fmt: skip
+
+
+def resolve_scale(name: str = "auto") -> Scale:
+    """The scale of that name; "auto" is full where there is a GPU and smoke elsewhere.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name == "auto":
+        import torch
+
+        name = "full" if torch.cuda.is_available() else "smoke"
+    if name not in SCALES:
+        raise InputError(f"scale={name!r} is unknown: choose auto, {' or '.join(SCALES)}")
+    return SCALES[name]

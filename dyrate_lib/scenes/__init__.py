@@ -1,0 +1,27 @@
+"""The rendered world: pictures whose truth is known, captions with known visual need, questions, and a small VLM."""
+
+from .captions import FAMILIES, NEEDS, PROMPTS, annotated_reference, references
+from .questions import QUESTION_KINDS, Question, questions
+from .render import object_masks, render, render_batch
+from .world import COLOR_NAMES, HELD_OUT, SHAPES, SPLITS, Scene, SceneObject, make_scene
+
+__all__ = [
+    "COLOR_NAMES",
+    "FAMILIES",
+    "HELD_OUT",
+    "NEEDS",
+    "PROMPTS",
+    "QUESTION_KINDS",
+    "Question",
+    "SHAPES",
+    "SPLITS",
+    "Scene",
+    "SceneObject",
+    "annotated_reference",
+    "make_scene",
+    "object_masks",
+    "questions",
+    "references",
+    "render",
+    "render_batch",
+]

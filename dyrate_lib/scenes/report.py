@@ -1,0 +1,342 @@
+"""Notebook 00's view of the VLMs: how they were trained, what they score on held-out pictures, which heads look where."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from .. import paths
+from ..plotting import BLACK, FAMILY_COLORS, GREEN, WIDTH_PAGE
+from .captions import FAMILIES
+from .probe import upsample
+from .questions import QUESTION_KINDS
+from .render import render
+from .world import Scene, make_scene
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..experiments import Study
+
+TARGET = 0.9  # of what one reference scores against the others: the aim set for unpruned captions of `short`
+SMOKE_STEPS, SMOKE_BATCH = 20, 2
+PROBED = {"smoke": 3, "full": 60}
+N_LISTED = 3  # objects of the picture whose attention maps are drawn
+SIZE_OF = {"scenes-small": "small", "scenes-base": "base"}
+KIND_COLORS = {**FAMILY_COLORS, "question": GREEN}
+Record = dict[str, Any]
+
+
+def shipped(study: Study) -> list[str]:
+    """Model keys of the study that are the project's own scenes VLMs."""
+    return [k for k in study.keys if Path(study.model_name(k)).name in SIZE_OF]
+
+
+def _folder(study: Study, key: str) -> Path:
+    return paths.checkpoints() / Path(study.model_name(key)).name
+
+
+def card_numbers(study: Study, key: str) -> dict[str, Any]:
+    """`metrics.json` of a shipped checkpoint. Raises ResourceError if it is missing."""
+    from ..errors import ResourceError
+
+    file = _folder(study, key) / "metrics.json"
+    if not file.is_file():
+        raise ResourceError(f"{file} is missing: get a full checkout, or train anew (python -m dyrate_lib.scenes.train)")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def sizes_table(study: Study) -> pd.DataFrame:
+    """Layers, widths, parameters and bytes of the shipped models."""
+    from .vlm import SIZES
+
+    rows = []
+    for key in shipped(study):
+        s, numbers = SIZES[SIZE_OF[Path(study.model_name(key)).name]], card_numbers(study, key)
+        weights = sum(p.stat().st_size for p in _folder(study, key).glob("*.safetensors"))
+        rows.append({
+            "model": s.name,
+            "role": {"small": "7B", "base": "13B"}[key],
+            "vision tower": f"{s.vision_layers} layers x {s.vision_width}, MLP {s.vision_mlp}",
+            "language model": f"{s.layers} layers x {s.width}, MLP {s.mlp}, {s.width // 32} heads",
+            "image tokens": 576,
+            "parameters, M": numbers["parameters"] / 1e6,
+            "weights, MB": weights / 1e6,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def trains_anew(study: Study) -> bool:
+    """Whether this study trains: always at smoke scale (a few steps, as a proof), at full scale only with fresh records."""
+    return study.scale.name == "smoke" or study.records == "fresh"
+
+
+def training(study: Study, seconds: float = 530.0) -> dict[str, Record]:
+    """Training record by model key: made anew where :func:`trains_anew` says so; otherwise read from the checkpoint.
+
+    At smoke scale the smaller model alone takes a few steps. At full scale training takes `seconds` a size on a GPU, with its evaluation; the checkpoint is left in
+    `<out>/checkpoints`. Later notebooks go on with the shipped weights.
+
+    Raises:
+        ResourceError: full scale and fresh records without a GPU.
+    """
+    keys = shipped(study)[:1] if study.scale.name == "smoke" else shipped(study)
+    return {key: _training(study, key, seconds) for key in keys}
+
+
+def _training(study: Study, key: str, seconds: float) -> Record:
+    if not trains_anew(study):
+        numbers = card_numbers(study, key)
+        log = (_folder(study, key) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        made = {**numbers["provenance"], "seconds": numbers["train_seconds"], "dtype": "bfloat16"}
+        return {"payload": {**numbers, "history": [json.loads(line) for line in log]}, "provenance": made}
+    size = SIZE_OF[Path(study.model_name(key)).name]
+    if study.scale.name == "smoke":
+        config = {"size": size, "steps": SMOKE_STEPS, "batch": SMOKE_BATCH}
+        return study.record("00_scenes_vlm/training", config, lambda: _few_steps(size), about={"dtype": "float32"})
+    out = study.out / "checkpoints" / f"scenes-{size}"
+    return study.record(
+        "00_scenes_vlm/training", {"size": size, "budget_seconds": seconds}, lambda: _full_training(size, out, seconds),
+        about={"dtype": "bfloat16"},
+    )  # fmt: skip
+
+
+def _few_steps(size: str) -> dict[str, Any]:
+    from .train import Recipe, train
+
+    recipe = Recipe(size=size, steps=SMOKE_STEPS, batch=SMOKE_BATCH, slots=("short",))
+    found = train(recipe, device="cpu", log_every=1, validate_every=10**9, say=lambda _: None)
+    return {"history": found.history, "steps": found.steps, "ms_per_step": found.ms_per_step}
+
+
+def _full_training(size: str, out: Path, seconds: float) -> dict[str, Any]:
+    import torch
+
+    from ..errors import ResourceError
+    from .train import main
+
+    if not torch.cuda.is_available():
+        raise ResourceError("training at full scale needs a GPU: use scale='smoke', or records='committed'")
+    started = time.monotonic()
+    main(["--size", size, "--out", str(out), "--budget-seconds", str(seconds)])
+    numbers = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {**numbers, "history": [json.loads(line) for line in log], "wall_seconds": round(time.monotonic() - started, 1)}
+
+
+def draw_training(records: dict[str, Record], labels: dict[str, str]) -> Figure:
+    """Loss by kind of response over the steps, one panel a size."""
+    fig, axes = plt.subplots(1, max(1, len(records)), figsize=(WIDTH_PAGE, 2.2), sharey=True, squeeze=False)
+    for ax, (key, record) in zip(axes[0], records.items(), strict=False):
+        history = record["payload"]["history"]
+        steps = [line["step"] for line in history]
+        for kind, color in KIND_COLORS.items():
+            values = [line[kind] for line in history]
+            if any(values):
+                ax.plot(steps, values, color=color, label=kind)
+        ax.plot(steps, [line["cls"] for line in history], color=BLACK, ls=":", label="CLS token", lw=0.9)
+        ax.set(title=labels[key], xlabel="step", yscale="log")
+    axes[0][0].set_ylabel("cross-entropy, nats a token")
+    axes[0][-1].legend(loc="upper right")
+    return fig
+
+
+def training_table(records: dict[str, Record], labels: dict[str, str]) -> pd.DataFrame:
+    """Steps, time and first and last losses."""
+    rows = []
+    for key, record in records.items():
+        history = record["payload"]["history"]
+        first, last = history[0], history[-1]
+        row = {"model": labels[key], "steps": last["step"], "seconds": last["seconds"], "ms a step": last["ms_per_step"]}
+        for kind in KIND_COLORS:
+            row[f"{kind}, first"], row[f"{kind}, last"] = first[kind] or None, last[kind] or None
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def training_line(records: dict[str, Record]) -> str:
+    """Whether the loss of short captions fell, by numbers."""
+    parts = []
+    for key, record in records.items():
+        history = record["payload"]["history"]
+        first, last = history[0]["short"], history[-1]["short"]
+        fell = "falls" if last < first else "does not fall"
+        parts.append(f"{key}: loss on short captions {fell} from {first:.3f} to {last:.3f} in {history[-1]['step']} steps")
+    return "; ".join(parts) if parts else "no scenes model among the models of this run, so nothing is trained here"
+
+
+def accuracy_table(records: dict[str, Record], labels: dict[str, str]) -> pd.DataFrame:
+    """Right next tokens on `val` pictures (teacher forcing), %, at the last validation of the training."""
+    names = {"need_image": "needs image", "need_response": "needs response", "need_none": "needs neither"}
+    rows = []
+    for key, record in records.items():
+        scores = next((h["val"] for h in reversed(record["payload"]["history"]) if "val" in h), {})
+        shown = {names.get(k, k): 100 * v for k, v in scores.items() if k != "question"}
+        rows.append({"model": labels[key], **shown})
+    return pd.DataFrame(rows)
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def replies(study: Study) -> dict[tuple[str, str], Record]:
+    """Unpruned greedy replies of every model to every set: the same records as notebook 03's first rows."""
+    return {(key, role): study.captions(key, role) for key in study.keys for role in (*study.roles, "questions")}
+
+
+def caption_table(study: Study, records: dict[tuple[str, str], Record]) -> pd.DataFrame:
+    """CIDEr of each model and set with its interval, beside what one reference scores against the others."""
+    from ..experiments import ROLE_LABELS
+
+    rows = []
+    for (key, role), record in records.items():
+        if role == "questions":
+            continue
+        scores, one = study.scores(record, role), study.reference_scores(role, len(record["payload"]))
+        low, high = scores.interval(study.scale.bootstrap)
+        rows.append({
+            "model": study.label(key), "set": ROLE_LABELS[role] if study.on_scenes else study.data.partition(":")[0],
+            "n": len(scores.ids), "CIDEr": scores.cider, "low": low, "high": high, "one reference": one.cider,
+            "ratio": scores.cider / one.cider if one.cider else None, "BLEU-4": scores.bleu4, "role": role, "key": key,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def question_table(study: Study, records: dict[tuple[str, str], Record]) -> pd.DataFrame:
+    """Exact match by kind of question, %, with bootstrap intervals over questions."""
+    from ..metrics import exact_match
+    from ..stats import bootstrap_interval
+
+    rows = []
+    for (key, role), record in records.items():
+        if role != "questions":
+            continue
+        said = {entry["id"]: entry["text"] for entry in record["payload"]}
+        dataset = study.dataset(role, len(said))
+        right = exact_match(said, dataset.references())
+        kinds = {item.id: item.meta["kind"] for item in dataset}
+        for kind in ("all", *QUESTION_KINDS):
+            values = [100.0 * r for i, r in right.items() if kind in ("all", kinds[i])]
+            if values:
+                low, high = bootstrap_interval(values, study.scale.bootstrap)
+                rows.append({"model": study.label(key), "kind": kind, "n": len(values), "right %": float(np.mean(values)),
+                             "low": low, "high": high})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def target_line(study: Study, table: pd.DataFrame) -> str:
+    """The stable verdict on the aim for unpruned captions."""
+    parts = []
+    for row in table[table.role == "coco"].itertuples():
+        ratio = float(row.ratio) if row.ratio is not None else float("nan")
+        met = "meets" if ratio >= TARGET else "misses"
+        parts.append(f"{row.key} {met} it with {100 * ratio:.0f} % (n = {row.n})")
+    aim = f"aim {100 * TARGET:.0f} % of one reference's CIDEr against the others"
+    return f"Unpruned captions of held-out pictures, {aim}: " + "; ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- heads
+
+
+def probe_scenes(n: int) -> list[Scene]:
+    """Test pictures with two objects or more; the first, which is drawn, with at least as many as maps are shown."""
+    scenes = (make_scene(seed, "test") for seed in itertools.count())
+    first = next(s for s in scenes if len(s.objects) > N_LISTED)
+    return [first, *itertools.islice((s for s in scenes if len(s.objects) >= 2), n - 1)]
+
+
+def heads(study: Study) -> dict[str, Record]:
+    """Record by model key of where heads look while objects are named (:mod:`.probe`); scenes models only."""
+    scenes = probe_scenes(PROBED[study.scale.name])
+
+    def run(key: str) -> dict[str, Any]:
+        from .probe import object_attention, summarise
+
+        model, processor = study.model(key)
+        return summarise(object_attention(model, processor, scenes), N_LISTED)
+
+    config = {"scenes": [s.id for s in scenes], "family": "narrative", "wording": 0}
+    return {
+        key: study.record("00_scenes_vlm/heads", config, lambda key=key: run(key), models=[key]) for key in shipped(study)
+    }
+
+
+def draw_heads(study: Study, records: dict[str, Record]) -> Figure:
+    """For each model: how much more each head looks at the named object than its area, and the best head's maps."""
+    fig, axes = plt.subplots(
+        len(records), N_LISTED + 2, figsize=(WIDTH_PAGE, 1.75 * len(records)), squeeze=False,
+        gridspec_kw={"width_ratios": [1.25, *[1] * (N_LISTED + 1)]},
+    )  # fmt: skip
+    picture = np.asarray(render(probe_scenes(1)[0]))
+    top = max(max(map(max, r["payload"]["enrichment"])) for r in records.values())
+    for row, (key, record) in zip(axes, records.items(), strict=True):
+        found = record["payload"]
+        layer, head = found["best"]
+        shown = row[0].imshow(np.array(found["enrichment"]), cmap="cividis", aspect="auto", vmin=0, vmax=top)
+        row[0].add_patch(plt.Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, ec="white", lw=1.2))
+        row[0].set(xlabel="head", ylabel="layer", title=Path(study.model_name(key)).name)
+        row[0].grid(False)
+        fig.colorbar(shown, ax=row[0], label="times its area")
+        row[1].imshow(picture)
+        row[1].set_title("picture", fontsize=7)
+        grey = np.repeat(picture.mean(2, keepdims=True), 3, 2).astype(np.uint8)
+        for ax, words, grid in zip(row[2:], found["words"], found["maps"], strict=False):
+            ax.imshow(grey, alpha=0.55)
+            ax.imshow(upsample(np.array(grid)), cmap="inferno", alpha=0.6)
+            ax.set_title(f"“{words}”", fontsize=7)
+        for ax in row[1:]:
+            ax.set_axis_off()
+    return fig
+
+
+def heads_table(study: Study, records: dict[str, Record]) -> pd.DataFrame:
+    """The best head of each model on objects it was not chosen by: share on the named object, on another, by chance."""
+    from ..stats import bootstrap_interval
+
+    rows = []
+    for key, record in records.items():
+        found = record["payload"]
+        low, high = bootstrap_interval(found["inside"], study.scale.bootstrap)
+        others = [v for v in found["others"] if v is not None]
+        lifted = np.array(found["enrichment"])
+        rows.append({
+            "model": study.label(key),
+            "layer": found["best"][0],
+            "head": found["best"][1],
+            "objects": len(found["inside"]),
+            "on the named object %": 100 * float(np.mean(found["inside"])),
+            "low": 100 * low,
+            "high": 100 * high,
+            "on another named one %": 100 * float(np.mean(others)) if others else None,
+            "its area %": 100 * float(np.mean(found["area"])),
+            "heads above 3 x area": int((lifted > 3).sum()),
+            "of": lifted.size,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def heads_line(table: pd.DataFrame) -> str:
+    """The stable verdict on heads that look at objects."""
+    if table.empty:
+        return "Heads that look at objects: no scenes model in this run"
+    parts = []
+    for row in table.itertuples(index=False):
+        record = row._asdict() if all(n.isidentifier() for n in table.columns) else dict(zip(table.columns, row, strict=True))
+        clear = record["low"] > 2 * record["its area %"] and record["low"] > record["on another named one %"]
+        parts.append(f"{record['model']}: {'yes' if clear else 'not shown'}, layer {record['layer']} head {record['head']}")
+    return "Heads that look at the object they name: " + "; ".join(parts)
+
+
+__all__ = ["FAMILIES", "SMOKE_BATCH", "SMOKE_STEPS", "TARGET", "accuracy_table", "caption_table", "draw_heads", "draw_training",
+           "heads", "heads_line", "heads_table", "question_table", "replies", "shipped", "sizes_table", "target_line",
+           "training", "training_line", "training_table", "trains_anew"]  # fmt: skip

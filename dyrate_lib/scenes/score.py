@@ -1,0 +1,223 @@
+"""Scores of a trained scenes VLM on held-out scenes, and its model card."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..prompts import chat_prompt
+from .captions import FAMILIES, PROMPTS, references
+from .data import normalise
+from .questions import QUESTION_KINDS, Question, questions
+from .render import render_batch
+from .world import HELD_OUT, make_scene
+
+
+def bootstrap(values, n: int = 1000, seed: int = 0) -> dict:
+    """Mean of per-picture values with its 95% percentile bootstrap interval: keys mean, low, high, n."""
+    values = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (n, len(values)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+@torch.no_grad()
+def answer(model, processor, scenes, prompts: list[str], max_new_tokens: int = 64) -> list[str]:
+    """Greedy answers of the model to one prompt (user text) a scene, through stock ``generate``, in batches."""
+    device, dtype = model.device, model.dtype
+    n_image = model.config.image_seq_length
+    batch = 250 if device.type == "cuda" else 20
+    out: list[str] = []
+    for i in range(0, len(scenes), batch):
+        texts = [chat_prompt(p).replace("<image>", "<image>" * n_image) for p in prompts[i : i + batch]]
+        tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        pixels = normalise(render_batch(scenes[i : i + batch], device)).to(dtype)
+        ids = model.generate(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=pixels,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        texts = processor.tokenizer.batch_decode(ids[:, tokens.input_ids.shape[1] :], skip_special_tokens=True)
+        out += [t.strip() for t in texts]
+    return out
+
+
+def questions_of(kind: str, split: str, n: int) -> list[tuple[int, Question]]:
+    """The first n questions of a kind over the split's scenes, as (scene seed, question)."""
+    found: list[tuple[int, Question]] = []
+    seed = 0
+    while len(found) < n:
+        found += [(seed, q) for q in questions(make_scene(seed, split)) if q.kind == kind]
+        seed += 1
+    return found[:n]
+
+
+def evaluate(model, processor, n: int = 500, give_up: float | None = None, say=print) -> tuple[dict, dict]:
+    """Greedy captions and answers on held-out scenes.
+
+    Args:
+        n: pictures a caption set, questions a kind.
+        give_up: ``time.monotonic()`` value after which no further set is begun (what is left out is named).
+
+    Returns:
+        Scores (set name -> mean, low, high, n: share of captions equal to one of their five references, share of right
+        answers) and the predictions they come from.
+    """
+    scores: dict[str, dict] = {}
+    predictions: dict[str, list] = {}
+    jobs = [("short", "test"), *[(k, "test") for k in QUESTION_KINDS], ("narrative", "test"), ("late", "test")]
+    jobs += [("short", "novel"), ("existence", "novel"), ("narrative", "novel"), ("late", "novel")]
+    for name, split in jobs:
+        label = f"{name}:{split}"
+        if give_up is not None and time.monotonic() > give_up:
+            say(f"no time left to score {label}")
+            continue
+        started = time.monotonic()
+        if name in FAMILIES:
+            seeds = list(range(n))
+            scenes = [make_scene(s, split) for s in seeds]
+            texts = answer(model, processor, scenes, [PROMPTS[name]] * n)
+            right = [t in references(s, name) for t, s in zip(texts, scenes, strict=True)]
+        else:
+            asked = questions_of(name, split, n)
+            scenes = [make_scene(s, split) for s, _ in asked]
+            texts = answer(model, processor, scenes, [q.prompt for _, q in asked], max_new_tokens=4)
+            right = [t == q.answer for t, (_, q) in zip(texts, asked, strict=True)]
+            seeds = [s for s, _ in asked]
+        scores[label] = bootstrap(right)
+        predictions[label] = [[s, t] for s, t in zip(seeds, texts, strict=True)]
+        s = scores[label]
+        took = time.monotonic() - started
+        say(f"{label}: {s['mean']:.3f} [{s['low']:.3f}, {s['high']:.3f}] right of {s['n']} ({took:.1f} s)")
+    return scores, predictions
+
+
+def write_predictions(path: Path, predictions: dict) -> None:
+    """Deterministic gzip (no time stamp), atomic."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(gzip.compress(json.dumps(predictions, indent=0).encode(), mtime=0))
+    os.replace(partial, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def finish(out: Path, metrics: dict, *, device, n: int, give_up: float, say, ship_to: Path | None) -> None:
+    """Score the checkpoint as saved (loaded anew), then write metrics, predictions and card into its folder."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from .checkpoint import ship
+
+    def keep() -> None:
+        _write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        write_card(out)
+        if ship_to is not None:
+            ship(out, ship_to)
+
+    keep()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = LlavaForConditionalGeneration.from_pretrained(out, dtype=dtype).to(device).eval()
+    processor = AutoProcessor.from_pretrained(out)
+    metrics["scores"], predictions = evaluate(model, processor, n, give_up, say)
+    write_predictions(out / "predictions.json.gz", predictions)
+    keep()
+
+
+def cider_scores(out: Path) -> dict:
+    """CIDEr (x100) of the stored captions, and what one reference scores against the other four; needs Java."""
+    from ..metrics import caption_scores, leave_one_out_cider
+
+    predictions = json.loads(gzip.decompress((out / "predictions.json.gz").read_bytes()))
+    found = {}
+    for label, rows in predictions.items():
+        family, split = label.split(":")
+        if family not in FAMILIES:
+            continue
+        refs = {str(s): references(make_scene(s, split), family) for s, _ in rows}
+        scores = caption_scores({str(s): t for s, t in rows}, refs)
+        low, high = scores.interval()
+        one = leave_one_out_cider(refs)
+        found[label] = {"cider": scores.cider, "low": low, "high": high, "one_reference": one}
+    return found
+
+
+def write_card(out: Path, with_cider: bool = False) -> None:
+    """Write ``README.md`` of a checkpoint from its ``metrics.json`` (and add CIDEr to that, where asked)."""
+    metrics = json.loads((out / "metrics.json").read_text())
+    if with_cider:
+        metrics["cider"] = cider_scores(out)
+        _write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    _write_text(out / "README.md", card(metrics))
+
+
+def card(metrics: dict) -> str:
+    """The model card as Markdown."""
+    from .vlm import SIZES
+
+    recipe, made, last = metrics["recipe"], metrics["provenance"], metrics["last"]
+    size = SIZES[recipe["size"]]
+    lines = [
+        "---",
+        "license: mit",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        f"# {size.name}",
+        "",
+        "A small LLaVA (`LlavaForConditionalGeneration`) trained from scratch on rendered scenes whose truth is known.",
+        "It stands in for LLaVA-1.5 where no pretrained weights can be had. It knows nothing but this world: results",
+        "with it are results on scenes.",
+        "",
+        "## Model",
+        f"Vision tower (CLIP): {size.vision_layers} layers x {size.vision_width}, 336 px, patch 14, 576 image tokens, "
+        "features of the last layer but one; the CLS token is trained through the last layer by a bag-of-words loss.",
+        f"Language model (LLaMA): {size.layers} layers x {size.width}, MLP {size.mlp}, heads 32 wide. "
+        f"{metrics['parameters'] / 1e6:.2f} M parameters, stored as bfloat16 safetensors.",
+        "",
+        "## Training",
+        f"{recipe['steps']} steps of {recipe['batch']} fresh pictures (split `train`, scene seeds from "
+        f"{recipe['seed'] * 100_000_000} on, each seen once), every picture with a caption of each family and up to "
+        f"four questions; AdamW, learning rate {recipe['lr']:g} (warm-up {recipe['warmup']}, cosine to "
+        f"{recipe['final_lr']:g}), weight decay {recipe['weight_decay']}, clip {recipe['clip']}, seed {recipe['seed']}. "
+        f"{metrics['train_seconds']:.0f} s at about {metrics['ms_per_step']:.0f} ms a step"
+        f"{', compiled' if metrics['compiled'] else ''}; {made['device']}, torch {made['torch']}, "
+        f"transformers {made['transformers']}, Python {made['python']}, {made['date']}. "
+        "The curve is in `log.jsonl`.",
+        "",
+        f"{len(HELD_OUT)} (shape, colour) pairs never occur in training; every picture of split `novel` holds one.",
+        "",
+        "Losses over the last steps (cross-entropy, nats a token): "
+        + ", ".join(f"{k} {last[k]:.4f}" for k in (*FAMILIES, "question"))
+        + f"; CLS {last['cls']:.4f}.",
+    ]
+    if "val" in last:
+        names = {"answer": "answers", "need_image": "tokens that need the image",
+                 "need_response": "tokens that need the response", "need_none": "tokens that need neither"}  # fmt: skip
+        lines += ["", "Right next tokens on held-out `val` pictures (teacher forcing): "]
+        lines[-1] += ", ".join(f"{names.get(k, k)} {100 * v:.2f}%" for k, v in last["val"].items()) + "."
+        lines[-1] += " The first words of a caption choose one of five wordings at random and cannot be foreseen."
+    if metrics.get("scores"):
+        lines += ["", "## Scores on held-out pictures (greedy, 95% bootstrap intervals)", ""]
+        lines += ["| set | what | score | interval | n |", "|---|---|---|---|---|"]
+        for label, s in metrics["scores"].items():
+            what = "equals a reference" if label.split(":")[0] in FAMILIES else "right answer"
+            interval = f"{100 * s['low']:.1f}-{100 * s['high']:.1f}"
+            lines.append(f"| {label} | {what} | {100 * s['mean']:.1f}% | {interval} | {s['n']} |")
+    if metrics.get("cider"):
+        lines += ["", "| set | CIDEr | interval | one reference against the others | ratio |", "|---|---|---|---|---|"]
+        for label, s in metrics["cider"].items():
+            one, interval = s["one_reference"], f"{s['low']:.1f}-{s['high']:.1f}"
+            lines.append(f"| {label} | {s['cider']:.1f} | {interval} | {one:.1f} | {100 * s['cider'] / one:.0f}% |")
+    return "\n".join(lines) + "\n"
