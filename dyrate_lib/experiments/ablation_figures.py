@@ -10,31 +10,34 @@ from ..compare import load_paper
 from ..plotting import COLORS, WIDTH_COLUMN, WIDTH_PAGE, method_style
 from . import ablations
 from .context import ROLE_LABELS, Study
-from .summaries import mean_with_interval
+from .summaries import difference_with_interval, mean_with_interval
 
 _KEYS = {"fixed, matched": "fixed", "depth, matched": "depth"}
+_ASIDE = {"fixed, matched": -1.0, "depth, matched": 1.0}  # points of FLOPs, so that equal costs do not lie on each other
 
 
 def figure_decoding(study: Study) -> Figure:
-    """CIDEr by decoding strategy, unpruned and under DyRate, with 95 % intervals; the paper's values beside them."""
+    """CIDEr relative to greedy decoding by strategy, unpruned and under DyRate, paired 95 % intervals, and the paper's."""
     paper = load_paper("table4a").set_index("method")["nocaps"]
-    role, place = ablations.main_role(study), np.arange(len(ablations.STRATEGIES))
-    fig, ax = plt.subplots(figsize=(WIDTH_COLUMN, 2.5))
-    for kind, shift in (("original", -0.15), ("dyrate", 0.15)):
+    role, shown = ablations.main_role(study), ablations.STRATEGIES[1:]
+    fig, ax = plt.subplots(figsize=(WIDTH_COLUMN, 2.6))
+    ax.axhline(0, color="black", lw=0.6)
+    for kind, shift, label in (("original", -0.12, "unpruned (scenes)"), ("dyrate", 0.12, "DyRate (scenes)")):
+        greedy = ablations.cider(study, ablations.decoded(study, kind, "greedy"), role)
+        unit = 100 / max(float(greedy.mean()), 1e-9)
         found = [
-            mean_with_interval(
-                ablations.cider(study, ablations.decoded(study, kind, strategy), role), study.scale.bootstrap, study.seed
+            difference_with_interval(
+                unit * ablations.cider(study, ablations.decoded(study, kind, strategy), role), unit * greedy,
+                study.scale.bootstrap, study.seed,
             )
-            for strategy in ablations.STRATEGIES
-        ]
-        style = {**method_style(kind), "linestyle": ""}
-        style["label"] = {"original": "unpruned (scenes)", "dyrate": "DyRate (scenes)"}[kind]
-        _errors(ax, place + shift, found, style)
-    known = [(x, paper[s]) for x, s in zip(place, ablations.STRATEGIES, strict=True) if s in paper.index]
-    ax.plot(*zip(*known, strict=True), "D", color="none", markeredgecolor=COLORS["random"], label="paper (LLaVA-1.5-7B)")
-    labels = [ablations.STRATEGY_LABELS[s].replace(" = ", "\n= ") for s in ablations.STRATEGIES]
-    ax.set_xticks(place, labels)
-    ax.set_ylabel("CIDEr")
+            for strategy in shown
+        ]  # fmt: skip
+        _errors(ax, np.arange(len(shown)) + shift, found, {**method_style(kind), "linestyle": "", "label": label})
+    known = [(x, 100 * (paper[s] / paper["greedy"] - 1)) for x, s in enumerate(shown) if s in paper.index]
+    x, y = zip(*known, strict=True)
+    ax.plot(x, y, "D", color="none", markeredgecolor=COLORS["random"], label="paper (LLaVA-1.5-7B)")
+    ax.set_xticks(np.arange(len(shown)), [ablations.STRATEGY_LABELS[s] for s in shown])
+    ax.set(ylabel="CIDEr against greedy, %", xlim=(-0.5, len(shown) - 0.5))
     fig.legend(loc="outside upper center", ncol=3, columnspacing=0.8, handletextpad=0.2)
     return fig
 
@@ -51,7 +54,7 @@ def figure_pruning(study: Study) -> Figure:
             style = {**method_style(_KEYS.get(row, row)), "linestyle": "", "label": ablations.PRUNING_LABELS[row]}
             if row in _KEYS:
                 style["markerfacecolor"] = "none"
-            _errors(ax, [ratio], [values], style)
+            _errors(ax, [ratio + _ASIDE.get(row, 0.0)], [values], {**style, "markersize": 5.5})
         ax.set_title(ROLE_LABELS[role] if study.on_scenes else "COCO folder", fontsize=7)
         ax.set(xlabel="FLOPs, % of unpruned (paper's convention)", xlim=(20, 105))
     axes[0, 0].set_ylabel("CIDEr")

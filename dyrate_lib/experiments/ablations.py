@@ -3,12 +3,15 @@
 One model, the one in the role of 7B, as in the paper. All costs are FLOPs ratios in the paper's convention unless said
 otherwise. `FP` is one fixed rate from step 0. `DP` is a reading of the paper's C_retain, whose R' is not defined: from
 the fourth layer on (index 3, P = 3) a share P_4th leaves, and R' grows linearly with depth until at the last layer no
-image token is left; P_4th is then set by the FLOPs asked for.
+image token is left; P_4th is then set by the FLOPs asked for. FP and DP at the paper's costs prune from P = 3 on, as the
+paper's do; at DyRate's cost from DyRate's own P on.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +19,11 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..accounting import paper_layer_flops
 from ..compare import load_paper
-from ..methods import DepthPrune, DyRate, Method, RatePath
-from ..models import ModelInfo
+from ..methods import DepthPrune, DyRate, Method
 from ..predictor import RatePredictor
 from ..training import train_predictor
+from .budgets import DEPTH_RATIO, FIXED_RATIO, PAPER_LAYER, depth_for, depth_on_llava, fixed_for, reply_shapes
 from .context import Record, Study
 from .summaries import (
     asked_for,
@@ -32,9 +34,7 @@ from .summaries import (
 )
 
 KEY, LAYER, TARGET = "small", 2, 0.333
-DEPTH_LAYER = 3  # the paper's DP starts at the fourth layer, whatever P is elsewhere
-FIXED_RATIO, DEPTH_RATIO = 0.288, 0.581  # what FP and DP cost in Table IVb
-VARIANT_TARGET = 0.5  # every variant can reach it: P = 4, or five rates, cannot reach a third of the FLOPs
+VARIANT_TARGET = 0.5  # every variant can reach it: with P = 4, or with five rates, a third of the FLOPs is out of reach
 TOP_P, TOP_K = 0.9, 6  # the paper gives no p; k is from its text
 STRATEGIES = ("greedy", "beam-2", "beam-5", "top-p", "top-k")
 STRATEGY_LABELS = {
@@ -58,8 +58,8 @@ def main_role(study: Study) -> str:
 
 
 def roles(study: Study) -> tuple[str, ...]:
-    """The sets of parts (b) and (c): Nocaps' role and, on scenes, the captions that need the picture late."""
-    return (main_role(study), "late") if study.on_scenes else (main_role(study),)
+    """The sets of parts (b) and (c): Nocaps' role and, on scenes at full scale, the captions that need the picture late."""
+    return (main_role(study), "late") if study.on_scenes and study.scale.name == "full" else (main_role(study),)
 
 
 # --------------------------------------------------------------------------------------------------------- records
@@ -69,18 +69,13 @@ def compute(study: Study) -> list[Record]:
     """All records of this notebook."""
     cells: list[Callable[[], Any]] = []
     for kind in ("original", "dyrate"):
-        cells += [lambda k=kind, s=strategy: decoded(study, k, s) for strategy in STRATEGIES]
+        cells += [partial(decoded, study, kind, strategy) for strategy in STRATEGIES]
     for role in roles(study):
-        cells += [lambda r=role, row=row: pruned(study, r, row) for row in PRUNING]
-    for role in variant_roles(study):
-        cells += [lambda r=role, v=name: [variant(study, r, v)] for name in VARIANTS]
+        cells += [partial(pruned, study, role, row) for row in PRUNING]
+    for role in roles(study):
+        cells += [partial(variants, study, role, name) for name in VARIANTS]
     found = [record for cell in study.each(cells, "ablations") for record in cell()]
     return found + [trained(study, *shape) for shape in _shapes_trained()]
-
-
-def variant_roles(study: Study) -> tuple[str, ...]:
-    """Sets on which the variants are tried: the main one alone at smoke scale."""
-    return roles(study) if study.scale.name == "full" else roles(study)[:1]
 
 
 def decoded(study: Study, kind: str, strategy: str) -> list[Record]:
@@ -114,12 +109,13 @@ def pruning_methods(study: Study, role: str, row: str) -> list[Method]:
         return [study.method(row, KEY)]
     if row == "dyrate":
         return [study.method("dyrate", KEY, target=TARGET, seed=seed) for seed in study.scale.predictor_seeds]
-    wanted = {"fixed": FIXED_RATIO, "depth": DEPTH_RATIO}.get(row)
+    wanted, layer = {"fixed": FIXED_RATIO, "depth": DEPTH_RATIO}.get(row), PAPER_LAYER
     if wanted is None:
+        layer = int(study.method("dyrate", KEY, target=TARGET).layer or LAYER)
         wanted = float(np.mean([flops_ratio(record) for record in pruned(study, role, "dyrate")]))
     shapes = reply_shapes(pruned(study, role, "original")[0])
     find = fixed_for if row.startswith("fixed") else depth_for
-    return [find(study.info(KEY), shapes, wanted)]
+    return [find(study.info(KEY), shapes, wanted, layer)]
 
 
 def trained(study: Study, layer: int, n_rates: int) -> Record:
@@ -127,8 +123,10 @@ def trained(study: Study, layer: int, n_rates: int) -> Record:
     from .training_runs import training_set
 
     data, scale = training_set(study), study.scale
+    known = inspect.signature(train_predictor).parameters
     config = {
-        "target": VARIANT_TARGET, "seed": 0, "steps": scale.ablation_steps, "batch_size": scale.train_batch, "layer": layer,
+        **{name: known[name].default for name in ("lr", "lam", "tau", "convention")}, "target": VARIANT_TARGET, "seed": 0,
+        "steps": scale.ablation_steps, "batch_size": scale.train_batch, "layer": layer,
         "n_rates": n_rates, "max_new_tokens": scale.max_new_tokens, "data": data.identity,
     }  # fmt: skip
 
@@ -148,6 +146,11 @@ def _shapes_trained() -> list[tuple[int, int]]:
     return list(dict.fromkeys((layer, n_rates) for layer, n_rates, _, _ in VARIANTS.values()))
 
 
+def variants(study: Study, role: str, name: str) -> list[Record]:
+    """A variant's replies as a list, as the other cells are."""
+    return [variant(study, role, name)]
+
+
 def variant(study: Study, role: str, name: str) -> Record:
     """Replies under one variant of DyRate."""
     layer, n_rates, rank, reversible = VARIANTS[name]
@@ -157,64 +160,6 @@ def variant(study: Study, role: str, name: str) -> Record:
     predictor.linear.bias.data = torch.tensor(payload["bias"])
     method = DyRate(predictor.eval().requires_grad_(False), rank=rank, reversible=reversible)
     return study.captions(KEY, role, method, n=study.scale.n_ablation)
-
-
-# ------------------------------------------------------------------------------------------------- rates for a budget
-
-
-def reply_shapes(record: Record) -> list[tuple[int, int, int]]:
-    """(prompt tokens, image tokens, steps) of each reply: what a FLOPs ratio depends on besides the kept counts."""
-    return [(entry["prompt_length"], entry["n_image"], entry["steps"]) for entry in record["payload"]]
-
-
-def constant_ratio(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], kept: Callable[[int], np.ndarray]) -> float:
-    """Mean FLOPs ratio, paper's convention, when layer l keeps kept(n_image)[l] image tokens at every step."""
-    total, known = 0.0, {}
-    for shape in shapes:
-        if shape not in known:
-            length, n_image, steps = shape
-            full = np.asarray(length + np.arange(steps), dtype=np.float64)
-            rows = full[:, None] - n_image + kept(n_image)[None, :]
-            whole = info.n_layers * float(paper_layer_flops(full, info.hidden, info.mlp).sum())
-            known[shape] = float(paper_layer_flops(rows, info.hidden, info.mlp).sum()) / whole
-        total += known[shape]
-    return total / len(shapes)
-
-
-def fixed_for(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], ratio: float, layer: int = LAYER) -> RatePath:
-    """The fixed rate whose cost comes nearest to `ratio`; keeps at least no token and at most all."""
-    n_image = max(n for _, n, _ in shapes)
-
-    def cost(count: int) -> float:
-        return constant_ratio(info, shapes, lambda n: np.where(np.arange(info.n_layers) < layer, n, min(count, n)))
-
-    return RatePath(layer, ((n_image - _nearest(cost, n_image, ratio)) / n_image,))
-
-
-def depth_for(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], ratio: float, layer: int = DEPTH_LAYER) -> DepthPrune:
-    """The depth-based rates (see the module's head) whose cost comes nearest to `ratio`; P_4th in thousandths."""
-
-    def cost(thousandths: int) -> float:
-        rates = depth_rates(info.n_layers, 1 - thousandths / 1000, layer)
-        shares = np.array([1 - rates.get(index, 0.0) for index in range(info.n_layers)])
-        return constant_ratio(info, shapes, lambda n: np.round(n * shares))
-
-    return DepthPrune(depth_rates(info.n_layers, 1 - _nearest(cost, 1000, ratio) / 1000, layer))
-
-
-def depth_rates(n_layers: int, first: float, layer: int = DEPTH_LAYER) -> dict[int, float]:
-    """Share removed at each layer from `layer` on: `first` there, all at the last layer, linear between."""
-    span = max(n_layers - 1 - layer, 1)
-    return {index: round(first + (1 - first) * (index - layer) / span, 6) for index in range(layer, n_layers)}
-
-
-def _nearest(cost: Callable[[int], float], top: int, wanted: float) -> int:
-    """The argument in 0..top at which a rising cost comes nearest to the wanted one."""
-    low, high = 0, top
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle) >= wanted else (middle + 1, high)
-    return min((k for k in (low - 1, low) if k >= 0), key=lambda k: abs(cost(k) - wanted))
 
 
 def flops_ratio(record: Record, convention: str = "paper") -> float:
@@ -305,7 +250,7 @@ def variant_table(study: Study) -> pd.DataFrame:
     """Variants of DyRate, each predictor trained for the same budget; paired differences to the first."""
     n, seed = study.scale.bootstrap, study.seed
     rows = []
-    for role in variant_roles(study):
+    for role in roles(study):
         first = cider(study, [variant(study, role, next(iter(VARIANTS)))], role)
         for name in VARIANTS:
             record = variant(study, role, name)
@@ -329,25 +274,11 @@ def settings(study: Study) -> str:
     for row in ("fixed", "depth", "fixed, matched", "depth, matched"):
         method = pruning_methods(study, main_role(study), row)[0]
         if isinstance(method, DepthPrune):
-            lines.append(f"{PRUNING_LABELS[row]}: P_4th = {method.rates[DEPTH_LAYER]:.3f}, all image tokens gone at the last layer")
+            first = method.rates[method.layer]  # type: ignore[index]
+            lines.append(f"{PRUNING_LABELS[row]}: P_4th = {first:.3f} at layer {method.layer}, all image tokens gone at the last")
         else:
-            lines.append(f"{PRUNING_LABELS[row]}: R = {method.rates[0]:.4f} from layer {LAYER} on")  # type: ignore[attr-defined]
+            lines.append(f"{PRUNING_LABELS[row]}: R = {method.rates[0]:.4f} from layer {method.layer} on")  # type: ignore[attr-defined]
     return "\n".join([*lines, depth_on_llava()])
-
-
-def depth_on_llava() -> str:
-    """What the reading of DP costs at LLaVA-1.5-7B's dimensions if P_4th is zero, beside what Table IVb prints."""
-    n_layers, hidden, mlp, n_image = 32, 4096, 11008, 576
-    shares = 1 - np.array([depth_rates(n_layers, 0.0).get(index, 0.0) for index in range(n_layers)])
-    found = []
-    for text in (32, 64, 128):
-        whole = n_layers * float(paper_layer_flops(float(text + n_image), hidden, mlp))
-        found.append(100 * float(paper_layer_flops(text + n_image * shares, hidden, mlp).sum()) / whole)
-    return (
-        "DP at LLaVA-1.5-7B's dimensions with P_4th = 0: "
-        + ", ".join(f"{value:.1f} % with {text} text tokens" for value, text in zip(found, (32, 64, 128), strict=True))
-        + f"; Table IVb prints {100 * DEPTH_RATIO:.1f} %"
-    )
 
 
 def verdicts(study: Study) -> str:

@@ -54,7 +54,7 @@ def roles(study: Study) -> tuple[str, ...]:
 
 def compute(study: Study) -> list[Record]:
     """All records of this notebook: replies, shares along them, and shares along references of known need."""
-    found = []
+    found: list[Record | None] = []
     for key, role in study.each([(key, role) for key in study.keys for role in roles(study)], "attention"):
         found += [study.captions(key, role), shares(study, key, role)]
         if study.on_scenes:

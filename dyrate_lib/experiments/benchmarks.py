@@ -14,6 +14,7 @@ from .training_runs import BUDGET, LAYER, dyrate_cells, fixed_cell, kept_for_rat
 
 ETA = {"small": 0.003, "base": 0.0005}  # the VTW authors' thresholds for 7B and 13B
 FIRST_LAYER = 5  # their search starts here
+EXTRAS = ("vtw-search", "dyrate-0.5", "dyrate-0.2")  # at smoke scale on the first set only
 ROLE_COLUMNS = {
     "coco": "coco2017",
     "nocaps": "nocaps",
@@ -94,6 +95,11 @@ def matched_random(study: Study, key: str, role: str = "coco") -> Record:
     return study.captions(key, role, RandomPrune(LAYER, 1 - kept / study.info(key).n_image_tokens, study.seed))
 
 
+def refreshed_models(study: Study) -> tuple[str, ...]:
+    """The models that `refreshed_fastv` runs on: at smoke scale the small one alone."""
+    return study.keys if study.scale.name == "full" else study.keys[:1]
+
+
 def refreshed_fastv(study: Study, key: str, role: str = "coco") -> Record:
     """FastV as first published: no cache, pruned anew at every token, on fewer pictures (each token costs a prefill)."""
     n = min(study.scale.n_refresh, len(study.dataset(role)))
@@ -117,6 +123,7 @@ def _table_rows(study: Study, key: str, role: str) -> list[Row]:
     rows = [
         Row(name, label, style, tuple(study.captions(key, role, method) for method in methods()))
         for name, label, style, methods in caption_methods(study, key)
+        if role == "coco" or study.scale.name == "full" or name not in EXTRAS
     ]
     if role == "coco":
         rows.append(Row("random-matched", "Random at DyRate's cost", "random", (matched_random(study, key),)))
@@ -145,7 +152,7 @@ def compute(study: Study, models: Sequence[str] | None = None) -> list[Record]:
     for key, role in study.each([(key, role) for key in keys for role in study.roles], "captions"):
         found += [cell for row in table_rows(study, key, role) for cell in row.cells]
     for key in study.each(keys, "questions and FastV without a cache"):
-        found.append(refreshed_fastv(study, key))
+        found += [refreshed_fastv(study, key)] if key in refreshed_models(study) else []
         if study.on_scenes:
             found += [cell for row in question_rows(study, key) for cell in row.cells]
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import re
 import warnings
@@ -26,11 +25,10 @@ from ..methods import VTW, DyRate, FastV, Method, NoReduction, RandomPrune
 from ..models import ModelInfo, model_info
 from ..predictor import RatePredictor
 from ..store import Store, get_or_run, run_items
+from .output import StudyOutput
 from .scales import Scale, resolve_scale
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
     from ..metrics import CaptionScores
 
@@ -45,7 +43,6 @@ ROLE_LABELS = {
     "flickr30k": "scenes narrative, test (as Flickr30k)", "late": "scenes late, test", "questions": "scenes questions, test",
 }  # fmt: skip
 MODEL_ROLES = {"small": "7B", "base": "13B"}
-NOT_DRAWN = "*Left out here: this needs scenes, whose truth is known word by word.*"
 
 
 class StageDone(DyRateError):
@@ -56,7 +53,7 @@ class StageDone(DyRateError):
 
 
 @dataclasses.dataclass
-class Study:
+class Study(StudyOutput):
     """One notebook's view of the study; make it with `open_study`. `keys` names the models: "small" and "base"."""
 
     notebook: str
@@ -73,6 +70,7 @@ class Study:
     _models: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict, repr=False)
     _datasets: dict[tuple, CaptionDataset] = dataclasses.field(default_factory=dict, repr=False)
     _ids: dict[str, list[str]] = dataclasses.field(default_factory=dict, repr=False)
+    _read: dict[str, Record] = dataclasses.field(default_factory=dict, repr=False)
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
@@ -95,19 +93,6 @@ class Study:
     def roles(self) -> tuple[str, ...]:
         """Caption sets to work on: the three of Table II and `late`; with a COCO folder that folder alone."""
         return ("coco", "nocaps", "flickr30k", "late") if self.on_scenes else ("coco",)
-
-    @property
-    def project(self) -> bool:
-        """Whether output goes into the project itself (figures and tables then share one folder)."""
-        return self.out == paths.root()
-
-    @property
-    def figures(self) -> Path:
-        return self.out / "figures"
-
-    @property
-    def tables(self) -> Path:
-        return self.figures if self.project else self.out / "tables"
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -249,7 +234,16 @@ class Study:
         config = {**config, "models": [Path(self.model_name(key)).name for key in models]}
         files = [folder for key in models for folder in self.weights(key)] + list(inputs)
         about = {**({"dtype": self.dtype(models[0])} if models else {}), **(about or {})}
-        return get_or_run(name, config, fn, store=store or self.store, inputs=files, about=about)
+        return self._once(
+            [name, config, files], lambda: get_or_run(name, config, fn, store=store or self.store, inputs=files, about=about)
+        )
+
+    def _once(self, what: list[Any], get: Callable[[], Record]) -> Record:
+        """A record read once per study: tables and figures ask for the same ones again and again."""
+        key = json.dumps(what, sort_keys=True, default=str)
+        if key not in self._read:
+            self._read[key] = get()
+        return self._read[key]
 
     def captions(
         self, key: str, role: str, method: Method | None = None, *, decoding: Mapping[str, Any] | None = None,
@@ -288,12 +282,15 @@ class Study:
                 decoding=decoding, indices=indices, progress=False,
             )  # fmt: skip
 
-        record = run_items(
-            "captions", config, list(range(len(dataset))), run, store=self.store, batch_size=self.scale.batch_size,
-            inputs=self.weights(key), ids=self.ids(dataset), about={"dtype": self.dtype(key)},
-            progress=self.progress and len(dataset) > 4 * self.scale.batch_size,
-        )  # fmt: skip
-        return {**record, "payload": record["payload"]["results"]}
+        def get() -> Record:
+            record = run_items(
+                "captions", config, list(range(len(dataset))), run, store=self.store, batch_size=self.scale.batch_size,
+                inputs=self.weights(key), ids=self.ids(dataset), about={"dtype": self.dtype(key)},
+                progress=self.progress and len(dataset) > 4 * self.scale.batch_size,
+            )  # fmt: skip
+            return {**record, "payload": record["payload"]["results"]}
+
+        return self._once(["captions", config, self.weights(key)], get)
 
     def scores(self, record: Record, role: str) -> CaptionScores:
         """CIDEr, BLEU-4 and ROUGE-L of a record of captions. Kept in the store, so Java is needed the first time only."""
@@ -307,7 +304,8 @@ class Study:
 
         digest = hashlib.sha256(json.dumps(sorted(said.items())).encode()).hexdigest()
         config = {"predictions": digest, "data": dataset.identity}
-        return _as_scores(get_or_run("scores", config, fn, store=self.scores_store)["payload"])
+        found = self._once(["scores", config], lambda: get_or_run("scores", config, fn, store=self.scores_store))
+        return _as_scores(found["payload"])
 
     def reference_scores(self, role: str, n: int | None = None) -> CaptionScores:
         """What one reference scores against the others of its picture (leave one out): the level of human agreement."""
@@ -325,63 +323,6 @@ class Study:
         """Stops the notebook here if only its records were asked for (stage = "records")."""
         if self.records_only:
             raise StageDone(f"{self.notebook}: all records are there; stopped as asked (stage = 'records')")
-
-    # -- output ----------------------------------------------------------------------------------------------------
-
-    def save_figure(
-        self, fig: Figure | None, name: str, data: pd.DataFrame | None = None, otherwise: str = NOT_DRAWN
-    ) -> Any:
-        """Write the figure (pdf, png, csv of `data`), close it, and return it as a picture for the notebook to show.
-
-        fig: None where there is nothing to draw; then the text `otherwise` is shown.
-        """
-        import matplotlib.pyplot as plt
-        from IPython.display import Image, Markdown
-
-        from ..plotting import save_figure
-
-        if fig is None:
-            return Markdown(otherwise)
-
-        save_figure(fig, name, self.figures, data)
-        shown = io.BytesIO()
-        fig.savefig(shown, format="png", dpi=120, metadata={"Software": None})
-        plt.close(fig)
-        return Image(data=shown.getvalue(), format="png")
-
-    def save_table(self, df: pd.DataFrame, name: str, caption: str = "", digits: int = 2) -> Any:
-        """Write the table (csv, md, tex) and return it as Markdown for the notebook to show."""
-        from IPython.display import Markdown
-
-        from ..plotting import markdown_table, save_table
-
-        if not len(df):
-            return Markdown(NOT_DRAWN)
-        save_table(df, name, self.tables, caption, digits)
-        return Markdown(markdown_table(df, digits))
-
-    def save_quantities(self, quantities: Mapping[str, Any]) -> Path:
-        """Write what this notebook measured for the claims, for notebook 07 to judge."""
-        from ..compare import save_quantities
-
-        return save_quantities(quantities, self.notebook, self.tables)
-
-    def provenance(self, records: Sequence[Record]) -> str:
-        """Where records come from, in lines that depend on the records alone."""
-        made = [record["provenance"] for record in records]
-        if not made:
-            raise InputError("there is no record to tell the provenance of")
-
-        def distinct(field: str) -> str:
-            return ", ".join(sorted({str(entry[field]) for entry in made if entry.get(field)})) or "not known"
-
-        seconds = sum(float(entry["seconds"]) for entry in made)
-        versions = "; ".join(f"{field} {distinct(field)}" for field in ("python", "torch", "transformers"))
-        return (
-            f"{len(made)} records, scale {self.scale.name}, seed {self.seed}\n"
-            f"made on {distinct('device')} in {distinct('dtype')}\n"
-            f"{versions}; {seconds:.0f} s of computing, last on {max(str(entry['date']) for entry in made)[:10]}"
-        )
 
 
 def _plain_scores(scores: CaptionScores) -> dict[str, Any]:
@@ -436,8 +377,8 @@ def open_study(
         shipped = data == "scenes" and set(names.values()) == set(SCENES) and seed == 0
         store = Store.committed(build, frozen=sized.name == "full" and shipped and not _has_gpu())
         scores = Store.committed(build)
-    # a notebook run over finished records must print the same every time: no bars where nothing will be computed
-    return Study(notebook, sized, records, folder, seed, names, data, stage, store, scores, progress and not store.frozen)
+    # a notebook over finished records must print the same every time, so only computing anew shows bars
+    return Study(notebook, sized, records, folder, seed, names, data, stage, store, scores, progress and records == "fresh")
 
 
 def _has_gpu() -> bool:

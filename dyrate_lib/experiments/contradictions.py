@@ -52,7 +52,7 @@ def llava_info(size: str) -> ModelInfo:
 
 
 def prefill_ratio(info: ModelInfo, layer: int, rate: float, text: int | np.ndarray) -> np.ndarray:
-    """FastV's formula for one forward pass that removes a share `rate` of the image tokens from layer `layer` on, over the unpruned pass."""
+    """FastV's formula for one forward pass without a share `rate` of the image tokens from `layer` on, over the unpruned one."""
     text = np.asarray(text, dtype=np.float64)
     full = accounting.paper_layer_flops(text + N_IMAGE, info.hidden, info.mlp)
     pruned = accounting.paper_layer_flops(text + N_IMAGE * (1 - rate), info.hidden, info.mlp)
@@ -69,7 +69,7 @@ def text_length_for(info: ModelInfo, layer: int, rate: float, ratio: float, long
 
 
 def table3_text_lengths() -> pd.DataFrame:
-    """For each pruned row of Table III with a known layer and rate: the text length that its percentage would need, 7B and 13B."""
+    """For each pruned row of Table III with a known layer and rate: the text length that its percentage would need."""
     table = compare.load_paper("table3")
     rows = []
     for size, model in (("7b", "LLaVA-1.5-7B"), ("13b", "LLaVA-1.5-13B")):
@@ -80,7 +80,8 @@ def table3_text_lengths() -> pd.DataFrame:
             needed = text_length_for(info, layer, rate, printed / 100)
             low, high = 100 * prefill_ratio(info, layer, rate, np.array([0, 100]))
             rows.append(
-                {"model": model, "method": row.label, "printed %": printed, "% at 0 text tokens": low, "% at 100 text tokens": high,
+                {"model": model, "method": row.label, "printed %": printed, "% at 0 text tokens": low,
+                 "% at 100 text tokens": high,
                  "text tokens needed": needed}
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -94,7 +95,8 @@ def _equation_3() -> Contradiction:
         "Eq. 3",
         "m_i^k = 1 for i <= N (k - 1) / K",
         "Sec. III-C: r_1 = 0 means retaining all tokens",
-        f"N = 576, K = 10: as printed, rate r_1 keeps {printed[0]} tokens and r_10 keeps {printed[-1]}; by the text r_1 keeps {text[0]} "
+        f"N = 576, K = 10: as printed, rate r_1 keeps {printed[0]} tokens and r_10 keeps {printed[-1]}; by the text "
+        f"r_1 keeps {text[0]} "
         f"and r_10 keeps {text[-1]}. Read here as keeping N - floor(r_k N).",
         {
             "printed_r1": float(printed[0]),
@@ -136,7 +138,8 @@ def _table_3_percentages() -> list[Contradiction]:
             "Table III, 13B rows",
             "the same TFLOPs % as for 7B (57.90, 55.40, 55.20)",
             "13B has 40 layers, 7B has 32: cutting after layer 2, 3 or 16 is another share of them",
-            f"VTW at layer 16 of 40 by FastV's formula: {vtw[0]:.1f} % with no text token, {vtw[1]:.1f} % with 100; never 55.2 % there. "
+            f"VTW at layer 16 of 40 by FastV's formula: {vtw[0]:.1f} % with no text token, {vtw[1]:.1f} % with 100; "
+            f"never 55.2 % there. "
             "The 13B column repeats the 7B one.",
             {"vtw13_text0": float(vtw[0]), "vtw13_text100": float(vtw[1])},
         ),
@@ -144,7 +147,8 @@ def _table_3_percentages() -> list[Contradiction]:
             "Table III, 7B rows",
             "FastV 2: 55.40 %, FastV 3: 57.90 %, VTW 16: 55.20 %",
             "one formula at one text length",
-            f"The three need {small[0]:.0f}, {small[1]:.0f} and {small[2]:.0f} text tokens. At R = 0.5 going from layer 2 to 3 adds at most "
+            f"The three need {small[0]:.0f}, {small[1]:.0f} and {small[2]:.0f} text tokens. At R = 0.5 going from "
+            f"layer 2 to 3 adds at most "
             f"{step.max():.2f} points at any length; {printed:.2f} are printed.",
             {
                 "fastv2": small[0],
@@ -184,17 +188,22 @@ def _latency() -> list[Contradiction]:
             f"x{a['gain_7b']:.2f} (7B) and x{a['gain_13b']:.2f} (13B) faster",
             "a decode step reads the weights whatever is pruned",
             f"Batch 1, 16 bits, 7B: the keys and values of 576 image tokens are {a['image_kv_7b'] / 1e9:.2f} GB beside "
-            f"{a['weights_7b'] / 1e9:.1f} GB of weights, so dropping all of them saves {a['saving_7b']:.1%} of a step's traffic; they "
-            f"weigh as much as the weights at batch {a['parity_batch_7b']:.0f}. So large a gain can come only from the prefill or from "
+            f"{a['weights_7b'] / 1e9:.1f} GB of weights, so dropping all of them saves {a['saving_7b']:.1%} of a "
+            f"step's traffic; they "
+            f"weigh as much as the weights at batch {a['parity_batch_7b']:.0f}. So large a gain can come only from "
+            f"the prefill or from "
             "large batches.",
             a,
         ),
         Contradiction(
             "Table III, latency",
-            f"{a['latency_7b']:.2f} ms (7B) and {a['latency_13b']:.2f} ms (13B), for responses of 16 to 64 tokens on RTX 4090 cards",
+            f"{a['latency_7b']:.2f} ms (7B) and {a['latency_13b']:.2f} ms (13B), for responses of 16 to 64 tokens on "
+            f"RTX 4090 cards",
             "reading the weights once a token takes longer",
-            f"At 1008 GB/s one token of 7B takes at least {a['ms_per_token_7b']:.1f} ms, {shortest:.0f} tokens {shortest * a['ms_per_token_7b']:.0f} ms: "
-            f"the printed latency is not that of a response. 13B's weights ({a['weights_13b'] / 1e9:.1f} GB in 16 bits) do not fit on one "
+            f"At 1008 GB/s one token of 7B takes at least {a['ms_per_token_7b']:.1f} ms, {shortest:.0f} tokens "
+            f"{shortest * a['ms_per_token_7b']:.0f} ms: "
+            f"the printed latency is not that of a response. 13B's weights ({a['weights_13b'] / 1e9:.1f} GB in 16 "
+            f"bits) do not fit on one "
             "24 GB card.",
             {"response_ms_7b": shortest * a["ms_per_token_7b"]},
         ),
@@ -230,10 +239,12 @@ def _table_1() -> list[Contradiction]:
     return [
         Contradiction(
             "Table I, column VQA",
-            f"LLaVA-1.5 {table.loc['LLaVAv1.5'].vqa:g}, FastV {table.loc['FastV'].vqa:g}, DyRate {table.loc['DyRate(ours)'].vqa:g} (bold)",
+            f"LLaVA-1.5 {table.loc['LLaVAv1.5'].vqa:g}, FastV {table.loc['FastV'].vqa:g}, DyRate "
+            f"{table.loc['DyRate(ours)'].vqa:g} (bold)",
             f"LLaVA-1.5's published VQAv2 is {VQAV2:g}; {TEXTVQA_WITH_OCR:g} is its TextVQA with OCR tokens in the prompt, about "
             f"{TEXTVQA_WITHOUT_OCR:g} without",
-            f"DyRate stands {loss:.1f} points below LLaVA-1.5 in the column, but only {TEXTVQA_WITHOUT_OCR - table.loc['DyRate(ours)'].vqa:.1f} below "
+            f"DyRate stands {loss:.1f} points below LLaVA-1.5 in the column, but only "
+            f"{TEXTVQA_WITHOUT_OCR - table.loc['DyRate(ours)'].vqa:.1f} below "
             "the figure without OCR tokens: the rows likely mix two protocols, so the column compares nothing.",
             {"loss": float(loss)},
         ),
@@ -257,26 +268,34 @@ def _ablation() -> list[Contradiction]:
     fixed = float(np.interp(b.loc["fixed"].flops_percent / 100, ratios, kept))
     return [
         Contradiction(
-            "Sec. IV-D against Table IVa", f"top_k = 6 gives {a.max():.2f}", f"Table IVa gives {a.max():.2f} to {a.idxmax().replace('-', '_')}",
+            "Sec. IV-D against Table IVa", f"top_k = 6 gives {a.max():.2f}",
+            f"Table IVa gives {a.max():.2f} to {a.idxmax().replace('-', '_')}",
             "The same number under two names; both are run here.", {"best": float(a.max())},
         ),
         Contradiction(
-            "Table IVa against IVb", f"greedy {a['greedy']:.2f} on Nocaps", f"LLaVA {b.loc['original'].nocaps:.2f} on Nocaps, with 'the default greedy search'",
-            f"Two values, {a['greedy'] - b.loc['original'].nocaps:.2f} points apart, for what both tables call LLaVA-1.5-7B under greedy decoding; the spread "
+            "Table IVa against IVb", f"greedy {a['greedy']:.2f} on Nocaps",
+            f"LLaVA {b.loc['original'].nocaps:.2f} on Nocaps, with 'the default greedy search'",
+            f"Two values, {a['greedy'] - b.loc['original'].nocaps:.2f} points apart, for what both tables call "
+            f"LLaVA-1.5-7B under greedy decoding; the spread "
             f"that Table IVa is about is {a.max() - a.min():.2f}.", {"apart": float(a["greedy"] - b.loc["original"].nocaps)},
         ),
         Contradiction(
             "Sec. IV-D, C_retain", "1 - H(L - 4) P_4th - H(L - 4) R'", "a rate that 'adapts to the layer index'",
-            "H(L - 4) stands there twice, so the two terms add up to one constant, P_4th + R', from layer 4 on: unless R' itself depends on "
+            "H(L - 4) stands there twice, so the two terms add up to one constant, P_4th + R', from layer 4 on: "
+            "unless R' itself depends on "
             "the layer, which is never defined, nothing changes with depth.", {},
         ),
         Contradiction(
-            "Sec. IV-B against Table III", "visual tokens reduced 'by half'", "33.33 % of the FLOPs (Table III), 28.80 % (Table IVb)",
-            f"Half the tokens from layer 3 on is {100 * float(prefill_ratio(info, 3, 0.5, 64)):.1f} % with 64 text tokens; 33.33 % leaves "
+            "Sec. IV-B against Table III", "visual tokens reduced 'by half'",
+            "33.33 % of the FLOPs (Table III), 28.80 % (Table IVb)",
+            f"Half the tokens from layer 3 on is {100 * float(prefill_ratio(info, 3, 0.5, 64)):.1f} % with 64 text "
+            f"tokens; 33.33 % leaves "
             f"{float(np.interp(1 / 3, ratios, kept)):.1%} of the image tokens, 28.80 % leaves {fixed:.1%}.",
-            {"half": float(prefill_ratio(info, 3, 0.5, 64)), "kept_at_third": float(np.interp(1 / 3, ratios, kept)), "kept_fixed": fixed},
+            {"half": float(prefill_ratio(info, 3, 0.5, 64)), "kept_at_third": float(np.interp(1 / 3, ratios, kept)),
+             "kept_fixed": fixed},
         ),
-        Contradiction("Sec. IV-C", "'our method, DiffRate'", "the title's DyRate", "DiffRate is reference [20], a method for vision transformers by other authors.", {}),
+        Contradiction("Sec. IV-C", "'our method, DiffRate'", "the title's DyRate",
+        "DiffRate is reference [20], a method for vision transformers by other authors.", {}),
     ]  # fmt: skip
 
 

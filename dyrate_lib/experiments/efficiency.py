@@ -127,7 +127,8 @@ def timed_methods(study: Study, subject: Subject) -> dict[str, Method]:
     n_layers = (llava_info(subject.key) if subject.key in ROLES else study.info(subject.key)).n_layers
     half = PAPER_VTW if subject.key in ROLES else n_layers // 2
     return {
-        "original": NoReduction(), "fastv-3": FastV(3, 0.5), "fastv-2": FastV(2, 0.5), "vtw": VTW(half), "dyrate": Replay(LAYER, kept),
+        "original": NoReduction(), "fastv-3": FastV(3, 0.5), "fastv-2": FastV(2, 0.5), "vtw": VTW(half),
+        "dyrate": Replay(LAYER, kept),
     }  # fmt: skip
 
 
@@ -214,7 +215,8 @@ def latency(study: Study, subject: Subject, engine: str = "ours", batch: int = 1
     config = {
         "model": subject.key if subject.gpu and subject.key in ROLES else "scenes", "name": subject.name.rsplit("/", 1)[-1],
         "where": "gpu" if subject.gpu else "cpu", "engine": engine, "batch": batch, "new_tokens": new_tokens,
-        "text_tokens": TEXT_TOKENS, "repeats": repeats, "warmup": study.scale.latency_warmup, "course": list(methods["dyrate"].kept),  # type: ignore[attr-defined]
+        "text_tokens": TEXT_TOKENS, "repeats": repeats, "warmup": study.scale.latency_warmup,
+        "course": list(methods["dyrate"].kept),  # type: ignore[attr-defined]
         "methods": list(methods),
     }  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..accounting import CONVENTIONS, decode_traffic, flop_steps, flops, kv_bytes, llm_parameters
@@ -64,7 +65,8 @@ def settings(study: Study, size: str) -> dict[str, tuple[int, tuple[int, ...], s
     learned = course(study, ROLES[size] if ROLES[size] in study.keys else study.keys[0])
     learned = tuple(int(round(k * all_tokens / study.info(study.keys[0]).n_image_tokens)) for k in learned)
     out = {
-        "original": (1, (all_tokens,), "Original"), "fastv-3": (3, (half,), "FastV (P=3, R=0.5)"), "fastv-2": (2, (half,), "FastV (P=2, R=0.5)"),
+        "original": (1, (all_tokens,), "Original"), "fastv-3": (3, (half,), "FastV (P=3, R=0.5)"),
+        "fastv-2": (2, (half,), "FastV (P=2, R=0.5)"),
         "vtw": (PAPER_VTW, (0,), f"VTW (layer {PAPER_VTW})"), "dyrate": (LAYER, learned, "DyRate (course learned on scenes)"),
         "dyrate-third": (LAYER, scaled_course(info, learned), "DyRate (course scaled to 33.3 %)"),
     }  # fmt: skip
@@ -158,14 +160,33 @@ def latency_table(study: Study) -> pd.DataFrame:
             peak = record["payload"]["peak_bytes"][method]
             rows.append(
                 {
-                    "model": subject_label(study, key), "loop": engine, "batch": batch, "method": METHODS[method][0], "prefill ms": np.median(prefill),
-                    "decode ms/token": np.median(token), "end to end ms": np.median(whole), "IQR ms": np.subtract(*np.percentile(whole, [75, 25])),
+                    "model": subject_label(study, key), "loop": engine, "batch": batch, "method": METHODS[method][0],
+                    "prefill ms": np.median(prefill),
+                    "decode ms/token": np.median(token), "end to end ms": np.median(whole),
+                    "IQR ms": np.subtract(*np.percentile(whole, [75, 25])),
                     "ratio": ratio["mean"], "prefill ratio": np.median(prefill) / np.median(samples(record, methods[0])[0]),
-                    "decode ratio": np.median(token) / np.median(per_token(record, methods[0])), "paper ms": shown, "paper ratio": shown / first,
+                    "decode ratio": np.median(token) / np.median(per_token(record, methods[0])), "paper ms": shown,
+                    "paper ratio": shown / first,
                     "rounds": len(whole), "GPU GB": np.nan if peak is None else peak / 1e9,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _bars(ax: Axes, values: Mapping[str, np.ndarray]) -> None:
+    """One bar a method: the median, with a whisker over the middle half; a dotted line at the unpruned model's."""
+    for position, (method, times) in enumerate(values.items()):
+        low, middle, high = np.percentile(times, [25, 50, 75])
+        error = [[middle - low], [high - middle]]
+        ax.bar(
+            position,
+            middle,
+            color=METHODS[method][1],
+            width=0.7,
+            yerr=error,
+            error_kw={"elinewidth": 0.8, "capsize": 2},
+        )
+    ax.axhline(np.median(values["original"]), color=GREY, linewidth=0.6, linestyle=":")
 
 
 def latency_figure(study: Study) -> Figure | None:
@@ -177,27 +198,14 @@ def latency_figure(study: Study) -> Figure | None:
         return None
     fig, axes = plt.subplots(2, len(cells), figsize=(WIDTH_PAGE, 3.4), squeeze=False, sharex="col")
     for column, (key, record) in enumerate(cells.items()):
-        for ax, values in zip(
-            axes[:, column], (lambda m: samples(record, m)[0], lambda m: per_token(record, m)), strict=True
-        ):  # noqa: B023
-            for position, method in enumerate(ORDER):
-                low, middle, high = np.percentile(values(method), [25, 50, 75])
-                error = [[middle - low], [high - middle]]
-                ax.bar(
-                    position,
-                    middle,
-                    color=METHODS[method][1],
-                    width=0.7,
-                    yerr=error,
-                    error_kw={"elinewidth": 0.8, "capsize": 2},
-                )
-            ax.axhline(np.median(values("original")), color=GREY, linewidth=0.6, linestyle=":")
+        _bars(axes[0, column], {method: samples(record, method)[0] for method in ORDER})
+        _bars(axes[1, column], {method: per_token(record, method) for method in ORDER})
         axes[0, column].set_title(subject_label(study, key))
         axes[1, column].set_xticks(range(len(ORDER)), ["Original", "FastV 3", "FastV 2", "VTW", "DyRate"], rotation=0)
         limit = decode_floor(study, key)
         if limit is not None:
-            axes[1, column].axhline(limit, color="black", linewidth=0.9, linestyle="--")
-            axes[1, column].text(4.4, limit, "weights read once", fontsize=6, ha="right", va="bottom")
+            axes[1, column].axhline(limit, color="black", linewidth=0.9, linestyle="--", label="weights read once")
+            axes[1, column].legend(loc="upper right")
     axes[0, 0].set_ylabel("prefill, ms")
     axes[1, 0].set_ylabel("decode, ms per token")
     return fig
@@ -240,7 +248,8 @@ def ceiling_table(study: Study) -> pd.DataFrame:
             {
                 "model": subject_label(study, key), "batch": batch, "decode reads GB": traffic / 1e9, "at best ms": floors[0],
                 "measured ms": token, "decode: share of best %": 100 * floors[0] / token, "prefill TFLOPs": work / 1e12,
-                "prefill at best ms": floors[1], "prefill measured ms": prefill, "prefill: share of best %": 100 * floors[1] / prefill,
+                "prefill at best ms": floors[1], "prefill measured ms": prefill,
+                "prefill: share of best %": 100 * floors[1] / prefill,
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -280,8 +289,10 @@ def predictor_table(study: Study) -> pd.DataFrame:
         row_flops = 2 * info.n_heads * info.head_dim * (info.n_image_tokens + TEXT_TOKENS)
         rows.append(
             {
-                "model": PAPER_MODELS.get(key) or study.label(key), "FLOPs a call": float(RatePredictor(info.n_heads, N_RATES).flops()),
-                "of a decode step": _scientific(measured.get(shares[0])), "of what it saves": _scientific(measured.get(shares[1])),
+                "model": PAPER_MODELS.get(key) or study.label(key),
+                "FLOPs a call": float(RatePredictor(info.n_heads, N_RATES).flops()),
+                "of a decode step": _scientific(measured.get(shares[0])),
+                "of what it saves": _scientific(measured.get(shares[1])),
                 "of a decode step's time %": 100 * measured[shares[2]]["mean"] if shares[2] in measured else np.nan,
                 "features made apart, FLOPs": float(row_flops),
             }
@@ -346,8 +357,10 @@ def findings(study: Study) -> str:
             samples(record, "dyrate")[1], samples(record, first)[1], study.scale.bootstrap, study.seed
         )
         lines.append(
-            f"{subject_label(study, key)}, {engine} loop, batch {batch}: DyRate takes x{prefill:.2f} of the prefill and x{token:.2f} of a decode step; "
-            f"the prefill is {share:.0%} of {record['config']['new_tokens']} tokens, so x{whole['mean']:.3f} end to end [{whole['lo']:.3f}, {whole['hi']:.3f}]"
+            f"{subject_label(study, key)}, {engine} loop, batch {batch}: DyRate takes x{prefill:.2f} of the prefill "
+            f"and x{token:.2f} of a decode step; "
+            f"the prefill is {share:.0%} of {record['config']['new_tokens']} tokens, so x{whole['mean']:.3f} end to "
+            f"end [{whole['lo']:.3f}, {whole['hi']:.3f}]"
         )
     if not lines:
         lines.append("no latency was measured: there is no record of it and this machine has no GPU")

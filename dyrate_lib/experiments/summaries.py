@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def change_between_thirds(course: Sequence[float] | np.ndarray) -> float:
     return float(values[-third:].mean() - values[:third].mean())
 
 
-def mean_course(courses: Sequence[Sequence[float]], least: float = 0.5) -> dict[str, np.ndarray]:
+def mean_course(courses: Sequence[Any], least: float = 0.5) -> dict[str, np.ndarray]:
     """Mean over pictures at each step, as long as at least a share `least` of them still generates.
 
     Returns arrays [steps]: step, mean, lo, hi (normal 95 % interval of the mean), p10, p90 (over pictures), n.
@@ -100,8 +100,3 @@ def verdict_line(claim: str, quantities: Mapping[str, Any]) -> str:
 
     verdict = judge(claims()[claim], quantities)
     return f"{claim} ({claims()[claim].title}): {verdict.verdict}; {verdict.evidence}"
-
-
-def first_where(items: Iterable[Any], wanted: Callable[[Any], bool]) -> Any | None:
-    """The first item that is wanted, or None."""
-    return next((item for item in items if wanted(item)), None)

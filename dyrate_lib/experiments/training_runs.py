@@ -99,7 +99,8 @@ def train(study: Study, key: str, target: float, seed: int) -> Record:
     """One trained predictor: payload {history, weight, bias, n_heads}."""
     data, scale = training_set(study), study.scale
     config = {
-        "target": target, "seed": seed, "steps": scale.train_steps, "batch_size": scale.train_batch, "layer": LAYER, "n_rates": N_RATES,
+        "target": target, "seed": seed, "steps": scale.train_steps, "batch_size": scale.train_batch, "layer": LAYER,
+        "n_rates": N_RATES,
         "max_new_tokens": scale.max_new_tokens, "data": data.identity, **_defaults(),
     }  # fmt: skip
 
@@ -107,7 +108,7 @@ def train(study: Study, key: str, target: float, seed: int) -> Record:
         model, processor = study.model(key)
         result = train_predictor(
             model, processor, data, target=target, seed=seed, steps=scale.train_steps, batch_size=scale.train_batch, layer=LAYER,
-            n_rates=N_RATES, max_new_tokens=scale.max_new_tokens, progress=study.progress,
+            n_rates=N_RATES, max_new_tokens=scale.max_new_tokens, progress=study.progress and len(wanted(study)) == 1,
         )  # fmt: skip
         weights = result.predictor.linear
         history = [{name: round(float(value), 6) for name, value in row.items()} for row in result.history]
@@ -269,7 +270,7 @@ def kept_for_ratio(study: Study, key: str, cells: Sequence[Record], layer: int =
 
 
 def constant_ratio(study: Study, key: str, shapes: Sequence[tuple[int, int, int]], kept: int, layer: int) -> float:
-    """Mean FLOPs ratio (paper's convention) over (prompt_length, n_image, steps) when `kept` image tokens stay from `layer` on."""
+    """Mean FLOPs ratio (paper's convention) over (prompt_length, n_image, steps) with `kept` image tokens from `layer` on."""
     from ..accounting import paper_layer_flops
 
     info = study.info(key)

@@ -103,7 +103,8 @@ def budget_table(study: Study, cells: Cells) -> pd.DataFrame:
         kept = np.array([row["kept"][0] for row in payload]), np.array([row["kept"][-1] for row in payload])
         families = {f: ratios({"payload": [r for r in payload if r["family"] == f]}).mean() for f in _families(record)}  # type: ignore[dict-item]
         rows.append(
-            {"model": study.label(key), "seed": seed, "asked": target, "reached (paper) [95%]": show_interval(reached), "error": reached["mean"] - target,
+            {"model": study.label(key), "seed": seed, "asked": target, "reached (paper) [95%]": show_interval(reached),
+             "error": reached["mean"] - target,
              **{f"{family} (paper)": value for family, value in families.items()},
              "cached": ratios(record, "cached").mean(), "kept at prefill": kept[0].mean(), "kept at the end": kept[1].mean()}
         )  # fmt: skip
@@ -192,7 +193,11 @@ def schedule_line(cells: Cells) -> str:
         for record in cells.values()
         for family in _families(record)
     ]
-    return f"the kept share falls after prefill in {sum(fall > 0 for fall in falls)} of {len(falls)} schedules (predictor x family), by {np.mean(falls):.3f} on average"
+    falling = sum(fall > 0 for fall in falls)
+    return (
+        f"the kept share falls after prefill in {falling} of {len(falls)} schedules (predictor x family), "
+        f"by {np.mean(falls):.3f} on average"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- F3
@@ -202,37 +207,36 @@ def masked_table(record: Record) -> pd.DataFrame:
     """Masked against discarded: paths, steps, the largest difference of logits and how large logits are."""
     payload = record["payload"]
     return pd.DataFrame(
-        [{"rate paths": len(payload["differences"]), "steps": sum(payload["steps"]), "largest difference of logits": f"{max(payload['differences']):.1e}",
+        [{"rate paths": len(payload["differences"]), "steps": sum(payload["steps"]),
+         "largest difference of logits": f"{max(payload['differences']):.1e}",
           "largest logit": payload["largest_logit"]}]
     )  # fmt: skip
 
 
 def gradient_table(record: Record) -> pd.DataFrame:
     """Straight-through gradient of the toy beside the exact one, by temperature."""
-    rows = record["payload"]["straight_through"]
     return pd.DataFrame(
         [
             {
-                "temperature": tau,
-                "cosine to exact": r["cosine"],
-                "length / exact": r["length_ratio"],
-                "entries of equal sign": r["same_sign"],
+                "temperature of the distribution": case["sharpening"], "of the soft sample": case["sample"],
+                "cosine to exact": case["cosine"], "length / exact": case["length_ratio"],
+                "entries of equal sign": case["same_sign"],
             }
-            for tau, r in rows.items()
+            for case in record["payload"]["cases"]
         ]
-    )
+    )  # fmt: skip
 
 
 def gradient_figure(record: Record) -> Figure:
-    """Every entry of the toy's gradient: straight-through mean against the exact value, one panel a temperature."""
-    payload = record["payload"]
-    exact = np.array(payload["exact"]).ravel()
-    fig, axes = plt.subplots(1, 3, figsize=(WIDTH_PAGE, 2.1), sharex=True, sharey=True)
-    limit = 1.15 * np.abs(exact).max()
-    for ax, (tau, row) in zip(axes, payload["straight_through"].items(), strict=True):
+    """Every entry of the toy's gradient: straight-through mean against the exact value, at training's temperatures."""
+    cases = record["payload"]["cases"][:3]
+    fig, axes = plt.subplots(1, len(cases), figsize=(WIDTH_PAGE, 2.1), sharex=True, sharey=True)
+    limit = 1.15 * max(np.abs(case[name]).max() for case in cases for name in ("exact", "gradient"))
+    for ax, case in zip(axes, cases, strict=True):
         ax.plot([-limit, limit], [-limit, limit], color=GREY, linewidth=0.7)
-        ax.plot(exact, np.array(row["gradient"]).ravel(), "o", color=ORANGE, markeredgecolor=BLACK, markeredgewidth=0.4)
-        ax.set_title(f"temperature {tau}: cosine {row['cosine']:.2f}")
+        points = np.array(case["exact"]).ravel(), np.array(case["gradient"]).ravel()
+        ax.plot(*points, "o", color=ORANGE, markeredgecolor=BLACK, markeredgewidth=0.4)
+        ax.set_title(f"temperature {case['sharpening']:g}: cosine {case['cosine']:.2f}")
         ax.set_xlabel("exact gradient")
     axes[0].set_ylabel("straight-through,\nmean of samples")
     return fig
@@ -246,8 +250,10 @@ def fixed_table(study: Study) -> pd.DataFrame:
         cells = runs.dyrate_cells(study, key)
         difference = difference_with_interval(dyrate, fixed[0], study.scale.bootstrap, study.seed)
         rows.append(
-            {"model": study.label(key), "DyRate CIDEr": dyrate.mean(), "fixed-rate CIDEr": fixed[0].mean(), "difference [95%]": show_interval(difference, 2),
-             "DyRate FLOPs (paper)": np.mean([ratios(cell).mean() for cell in cells]), "fixed FLOPs (paper)": ratios(fixed[1]).mean()}
+            {"model": study.label(key), "DyRate CIDEr": dyrate.mean(), "fixed-rate CIDEr": fixed[0].mean(),
+             "difference [95%]": show_interval(difference, 2),
+             "DyRate FLOPs (paper)": np.mean([ratios(cell).mean() for cell in cells]),
+             "fixed FLOPs (paper)": ratios(fixed[1]).mean()}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -295,10 +301,10 @@ def paper_savings() -> pd.DataFrame:
 def gradient_lines(record: Record) -> str:
     """Three stable lines on what the toy shows."""
     payload = record["payload"]
-    term, worst = payload["flops_term"], min(row["cosine"] for row in payload["straight_through"].values())
+    term, worst = payload["flops_term"], min(case["cosine"] for case in payload["cases"])
     return (
         f"exact gradient against finite differences: differs by {payload['exact_minus_differences']:.0e} at most\n"
         f"expected FLOPs in closed form against all paths listed: value differs by {term['value_difference']:.0e}, gradient by "
         f"{term['gradient_difference']:.0e} (its length is {term['gradient_norm']:.3f}, so it is not zero)\n"
-        f"straight-through against exact: cosine {worst:.2f} or more at every temperature"
+        f"straight-through against exact: cosine {worst:.2f} or more at the temperatures tried"
     )

@@ -21,7 +21,7 @@ from ..evaluate import batches, describe
 from ..generation import generate
 from ..images import load_image
 from ..loading import prepare_inputs
-from ..methods import DyRate
+from ..methods import Method
 from ..plotting import FAMILY_COLORS, WIDTH_PAGE, dim_dropped, seen_by_model
 from ..prompts import chat_prompt
 from .attention import FAMILIES, roles
@@ -29,7 +29,6 @@ from .context import Record, Study
 from .summaries import (
     asked_for,
     difference_with_interval,
-    first_where,
     mean_course,
     mean_with_interval,
     show_interval,
@@ -76,9 +75,8 @@ def chosen(study: Study) -> list[tuple[str, str, int]]:
     places = np.linspace(0, len(KINDS) - 1, min(study.scale.n_visual, len(KINDS))).round().astype(int)
     for kind, (role, wanted) in [list(KINDS.items())[place] for place in places]:
         dataset = study.dataset(role, _SEARCHED)
-        index = first_where(range(_SEARCHED), lambda i, d=dataset, w=wanted: w(d[i].meta["scene"]))
-        if index is not None:
-            found.append((kind, role, index))
+        fitting = [index for index in range(_SEARCHED) if wanted(dataset[index].meta["scene"])]
+        found += [(kind, role, fitting[0])] if fitting else []
     return found
 
 
@@ -126,7 +124,7 @@ def own_picture(study: Study, key: str, image: str | Path, prompt: str = COCO_PR
     return study.record("visualization/own", config, fn, models=[key], inputs=[image], store=study.scores_store)
 
 
-def _trace(model: Any, processor: Any, inputs: dict, method: DyRate, longest: int) -> dict[str, Any]:
+def _trace(model: Any, processor: Any, inputs: dict, method: Method, longest: int) -> dict[str, Any]:
     out = generate(model, inputs, method, longest, processor=processor)
     steps = int(out.lengths[0])
     words = [processor.tokenizer.decode([token]).strip() for token in out.new_tokens[0, :steps].tolist()]
@@ -254,7 +252,8 @@ def draw_masks(rows: list[tuple[Any, dict[str, Any]]], columns: int = 5) -> Figu
     """(picture, entry of `shown`) pairs as rows of masks, the word of the step and the kept count above each panel."""
     side = WIDTH_PAGE / (columns + 1)
     fig = plt.figure(figsize=(WIDTH_PAGE, len(rows) * (side + 0.62)))
-    for part, (picture, entry) in zip(np.atleast_1d(fig.subfigures(len(rows), 1)), rows, strict=True):
+    parts = fig.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, (picture, entry) in zip(parts, rows, strict=True):
         axes = part.subplots(1, columns + 1)
         caption = "\n".join(textwrap.wrap(f"{entry['kind']}: “{entry['text']}”", 118)[:2])
         part.suptitle(_literal(caption), fontsize=6.5, x=0.01, ha="left")

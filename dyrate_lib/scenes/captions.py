@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import InputError
 from .world import Scene, SceneObject
 
 FAMILIES = ("short", "narrative", "late")
@@ -128,12 +129,12 @@ def annotated_reference(scene: Scene, family: str, i: int) -> list[Word]:
         i: which of the five wordings.
 
     Raises:
-        ValueError: for an unknown family or a wording out of 0..4.
+        InputError: for an unknown family or a wording out of 0..4.
     """
     if family not in FAMILIES:
-        raise ValueError(f"unknown caption family {family!r}: choose one of {', '.join(FAMILIES)}")
+        raise InputError(f"unknown caption family {family!r}: choose one of {', '.join(FAMILIES)}")
     if not 0 <= i < N_REFERENCES:
-        raise ValueError(f"a caption has wordings 0..{N_REFERENCES - 1}, got {i}")
+        raise InputError(f"a caption has wordings 0..{N_REFERENCES - 1}, got {i}")
     fields = _fields(scene, family)
     out: list[Word] = []
     for piece in TEMPLATES[family][i].split():

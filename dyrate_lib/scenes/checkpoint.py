@@ -15,7 +15,7 @@ import torch
 SHARD = "14MB"
 
 
-def export(model, processor, out: Path, extra: dict[str, str] | None = None) -> None:
+def export(model: Any, processor: Any, out: Path, extra: Mapping[str, str] | None = None) -> None:
     """Write a complete bfloat16 checkpoint to ``out``, swapped in whole, so that a kill leaves the old or the new."""
     fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     for stale in (fresh, old):

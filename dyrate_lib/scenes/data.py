@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..prompts import IMAGE_TOKEN, chat_prompt
 from .captions import FAMILIES, N_REFERENCES, NEEDS, PROMPTS, annotated_reference
 from .questions import questions
@@ -145,14 +146,14 @@ class PackedBatches(torch.utils.data.Dataset):
                         start += length
                         continue
                     q = asked.pop()
-                    head, body = instruction_ids(q.prompt), [word_id(q.answer), build_tokenizer().eos_token_id]
+                    head, body = instruction_ids(q.prompt), [word_id(q.answer), int(build_tokenizer().eos_token_id)]
                     needs = [NEEDS.index("image"), NEEDS.index("none")]
                 else:
                     head = instruction_ids(PROMPTS[name])
                     body, needs = response_tokens(scene, name, int(rng.random() * N_REFERENCES))
                 end = start + len(head) + len(body)
                 if end > start + length:
-                    raise ValueError(f"a {name} row of {end - start} tokens does not fit its slot of {length}")
+                    raise InputError(f"a {name} row of {end - start} tokens does not fit its slot of {length}")
                 ids[b, start:end] = (*head, *body)
                 at = slice(start + len(head) - 1, end - 1)
                 labels[b, at], need[b, at], kind[b, at] = body, needs, KINDS.index(name)

@@ -61,7 +61,8 @@ def _write_words(ax, words: list[tuple[str, str]], x: float, y: float, right: fl
 
 def draw_captions(scene: Scene, wording: int = 0) -> Figure:
     """A picture and one caption of every family, each word in the colour of what it needs."""
-    fig = plt.figure(figsize=(WIDTH_PAGE, 2.35), layout="none")
+    fig = plt.figure(figsize=(WIDTH_PAGE, 2.35))
+    fig.set_layout_engine("none")
     picture = fig.add_axes((0.0, 0.08, 0.27, 0.82))
     picture.imshow(np.asarray(render(scene)))
     picture.set_axis_off()

@@ -80,7 +80,7 @@ def response_loss(
     return sum(w * m for w, m in zip(weights, means, strict=True)), means
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
+def to_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
     """Render a batch of :class:`PackedBatches` and move its tokens: adds ``pixel_values``."""
     pictures = render_packed(_array(batch["objects"]), _array(batch["grounds"]), device)
     out = {k: torch.as_tensor(batch[k]).to(device, non_blocking=True) for k in ("ids", "labels", "need", "kind", "cls")}
@@ -88,14 +88,14 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return out | {"pixel_values": normalise(pictures)}
 
 
-def _array(x):
+def _array(x: Any) -> Any:
     return x.numpy() if isinstance(x, torch.Tensor) else x
 
 
 @torch.no_grad()
 def token_accuracy(forward: PackedForward, batches: list[dict]) -> dict[str, float]:
     """Share of right next tokens under teacher forcing, by kind and by need of caption tokens."""
-    hits: dict[str, list[int]] = {}
+    hits: dict[str, tuple[int, int]] = {}
     for b in batches:
         logits, _ = forward(b["pixel_values"], b["ids"])
         right = logits.argmax(-1) == b["labels"]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import InputError
 from ..prompts import chat_prompt
 from .captions import LISTED, PROMPTS, annotated_reference, spell
 from .render import object_masks, render
@@ -76,7 +77,7 @@ def object_attention(
         n_maps: for how many pictures whole maps are kept.
 
     Raises:
-        ValueError: the processor splits a word of the caption, so that rows and words do not match.
+        InputError: the processor splits a word of the caption, so that rows and words do not match.
     """
     from ..loading import prepare_inputs
 
@@ -87,7 +88,7 @@ def object_attention(
             words = annotated_reference(scene, family, wording)
             reply = processor.tokenizer(" " + spell(words), add_special_tokens=False, return_tensors="pt").input_ids
             if reply.shape[1] != len(words):
-                raise ValueError("the tokenizer does not give one token a word: only scenes models can be probed")
+                raise InputError("the tokenizer does not give one token a word: only scenes models can be probed")
             inputs = prepare_inputs(processor, [render(scene)], [chat_prompt(PROMPTS[family])])
             prompt = inputs["input_ids"].shape[1]
             ids = torch.cat([inputs["input_ids"], reply], dim=1).to(model.device)

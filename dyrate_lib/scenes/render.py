@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..errors import InputError
 from .world import GROUNDS, MAX_OBJECTS, SHAPES, SIZE, Scene
 
 # Copies to the device are all non_blocking: a waiting copy would make the host wait for the training step in flight.
@@ -84,7 +85,7 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tenso
     if shape == "moon":
         bite = torch.sqrt((x - 0.52 * r) ** 2 + y * y + 1e-12)
         return torch.maximum(length - r, 0.82 * r - bite)
-    raise ValueError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    raise InputError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
 
 
 def _hash01(a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
@@ -135,7 +136,7 @@ def _blend_map(kind: str, p: torch.Tensor, seeds: torch.Tensor, size: int) -> to
         layers = [F.interpolate(n[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
                   for n in (coarse, fine)]  # fmt: skip
         return ((0.65 * layers[0] + 0.35 * layers[1]) * 2.2 - 0.6).clamp(0, 1)
-    raise ValueError(f"unknown ground {kind!r}: choose one of {', '.join(GROUNDS)}")
+    raise InputError(f"unknown ground {kind!r}: choose one of {', '.join(GROUNDS)}")
 
 
 def _grounds(grounds: np.ndarray, device: torch.device, size: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import time
@@ -135,8 +136,33 @@ def finish(out: Path, metrics: dict, *, device, n: int, give_up: float, say, shi
     keep()
 
 
+def split_references(
+    said: dict[str, str], references: dict[str, list[str]]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """For each picture the reference whose wording the reply follows, and the other references.
+
+    A reply that repeats a reference word for word would be scored against itself. To see what a reply lacks, it and the
+    reference it follows (the longest common beginning in words) are scored alike, against the other references alone.
+    """
+
+    def common(a: str, b: str) -> int:
+        pairs = zip(a.split(), b.split(), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+
+    followed, others = {}, {}
+    for i, texts in references.items():
+        own = max(range(len(texts)), key=lambda k: common(said[i], texts[k]))
+        followed[i] = texts[own]
+        others[i] = [t for k, t in enumerate(texts) if k != own] if len(texts) > 1 else texts
+    return followed, others
+
+
 def cider_scores(out: Path) -> dict:
-    """CIDEr (x100) of the stored captions, and what one reference scores against the other four; needs Java."""
+    """CIDEr (x100) of the stored captions, beside what one reference scores against the other four; needs Java.
+
+    Keys by set: cider, low, high; one_reference (leave one out, mean over the five); other_wordings and followed: the
+    captions, and the references they follow, against the other references (see :func:`split_references`).
+    """
     from ..metrics import caption_scores, leave_one_out_cider
 
     predictions = json.loads(gzip.decompress((out / "predictions.json.gz").read_bytes()))
@@ -146,10 +172,18 @@ def cider_scores(out: Path) -> dict:
         if family not in FAMILIES:
             continue
         refs = {str(s): references(make_scene(s, split), family) for s, _ in rows}
-        scores = caption_scores({str(s): t for s, t in rows}, refs)
+        said = {str(s): t for s, t in rows}
+        scores = caption_scores(said, refs)
         low, high = scores.interval()
-        one = leave_one_out_cider(refs)
-        found[label] = {"cider": scores.cider, "low": low, "high": high, "one_reference": one}
+        followed, others = split_references(said, refs)
+        found[label] = {
+            "cider": scores.cider,
+            "low": low,
+            "high": high,
+            "one_reference": leave_one_out_cider(refs),
+            "other_wordings": caption_scores(said, others).cider,
+            "followed": caption_scores(followed, others).cider,
+        }
     return found
 
 
@@ -216,8 +250,18 @@ def card(metrics: dict) -> str:
             interval = f"{100 * s['low']:.1f}-{100 * s['high']:.1f}"
             lines.append(f"| {label} | {what} | {100 * s['mean']:.1f}% | {interval} | {s['n']} |")
     if metrics.get("cider"):
-        lines += ["", "| set | CIDEr | interval | one reference against the others | ratio |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "CIDEr of the same captions. *One reference* against the other four, left out in turn. A caption is scored",
+            "against a twin of itself, the reference whose wording it follows, which a left-out reference is not; the last",
+            "columns score the caption and that twin alike, against the other wordings alone.",
+            "",
+            "| set | CIDEr | interval | one reference | caption, other wordings | twin, other wordings | ratio |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for label, s in metrics["cider"].items():
-            one, interval = s["one_reference"], f"{s['low']:.1f}-{s['high']:.1f}"
-            lines.append(f"| {label} | {s['cider']:.1f} | {interval} | {one:.1f} | {100 * s['cider'] / one:.0f}% |")
+            interval = f"{s['low']:.1f}-{s['high']:.1f}"
+            others, twin = s["other_wordings"], s["followed"]
+            numbers = [f"{s['cider']:.1f}", interval, *(f"{v:.1f}" for v in (s["one_reference"], others, twin))]
+            lines.append(f"| {label} | {' | '.join(numbers)} | {100 * others / twin:.0f}% |")
     return "\n".join(lines) + "\n"

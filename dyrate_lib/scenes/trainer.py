@@ -1,4 +1,7 @@
-"""The training loop of the scenes VLMs: batches prepared in other processes, steps planned by a deadline, resumed after a kill."""
+"""The training loop of the scenes VLMs.
+
+Batches are prepared in other processes, the number of steps follows from a deadline, and a killed run resumes.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,38 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..errors import DyRateError, InputError
 from .checkpoint import export, ship
 from .data import KINDS, N_CLS, PackedBatches, prefix_ids
 from .objective import Recipe, cls_loss, learning_rate, response_loss, to_device, token_accuracy
 from .tokenizer import build_processor
 from .vlm import SIZES, PackedForward, build_model
 
+Say = Callable[[str], Any]
+UNKNOWN_STEPS = 4000  # the schedule's length until the first steps have been timed
+TIMED = (10, 40)  # steps timed to plan the rest
+
 
 @dataclass
 class TrainResult:
     """``history`` holds one dict per logged step (step, loss, loss by kind, cls, lr, seconds)."""
 
-    model: object
-    processor: object
-    history: list[dict] = field(default_factory=list)
+    model: Any
+    processor: Any
+    history: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     ms_per_step: float = 0.0
     seconds: float = 0.0
     compiled: bool = False
 
 
-def _loader(dataset: PackedBatches, start: int, workers: int, pin: bool):
+def _loader(dataset: PackedBatches, start: int, workers: int, pin: bool) -> Iterator[dict]:
     return iter(
         torch.utils.data.DataLoader(
             dataset,
@@ -49,7 +57,7 @@ def _loader(dataset: PackedBatches, start: int, workers: int, pin: bool):
 class _Run:
     """The moving parts of one training run: forward pass, optimiser, CLS head, log."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, say):
+    def __init__(self, recipe: Recipe, device: torch.device, say: Say) -> None:
         self.recipe, self.device, self.say = recipe, device, say
         self.model = build_model(recipe.size, recipe.seed).to(device)
         self.head = torch.nn.Linear(SIZES[recipe.size].vision_width, N_CLS).to(device)
@@ -119,12 +127,89 @@ class _Run:
         state = torch.load(path, map_location=self.device, weights_only=True)
         want, have = json.dumps(asdict(self.recipe)), json.dumps(state["recipe"])
         if want != have:
-            raise ValueError(f"{path} belongs to another recipe; remove it or choose another --out.\n{have}\n{want}")
+            raise InputError(f"{path} belongs to another recipe; remove it or choose another --out.\n{have}\n{want}")
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
         return state
+
+
+
+class _Plan:
+    """How many steps there will be: fixed, or as many as fit before a deadline."""
+
+    def __init__(self, steps: int | None, deadline: float | None, start: int, say: Say) -> None:
+        self.steps, self.deadline, self.say = steps, deadline, say
+        self.fixed = steps is not None
+        self.time_from, self.time_to = (start + n for n in TIMED)
+
+    @property
+    def length(self) -> int:
+        """For the learning rate's schedule."""
+        return self.steps or UNKNOWN_STEPS
+
+    def done(self, step: int) -> bool:
+        return self.steps is not None and step >= self.steps
+
+    def fit(self, step: int, now: float, ms: float) -> int:
+        """Steps in all, if the rest of the time is used, less 3.5% for checkpoints and validation."""
+        assert self.deadline is not None
+        left = max(0.0, self.deadline - now) * 0.965 / (ms / 1000)
+        total = step + int(left)
+        return max(step + 1, total // 100 * 100 if left >= 200 else total)
+
+    def measured(self, step: int, now: float, ms: float) -> None:
+        self.steps = self.fit(step, now, ms)
+        self.say(f"{ms:.1f} ms a step: planned {self.steps} steps")
+
+    def watch(self, step: int, now: float, ms: float) -> None:
+        """Plan fewer steps if things have become slower, so that the schedule still ends before the deadline."""
+        if self.fixed or self.steps is None or self.deadline is None or not self.time_to + 50 < step < self.steps:
+            return
+        if now + (self.steps - step) * ms / 1000 > self.deadline + 10:
+            self.steps = min(self.steps, self.fit(step, now, ms))
+            self.say(f"slower than planned ({ms:.1f} ms a step): now {self.steps} steps")
+
+
+@dataclass
+class _Keeper:
+    """Writes the checkpoint and the state to resume from."""
+
+    out: Path | None
+    processor: Any
+    ship_to: Path | None
+    every: float
+    say: Say
+    last: float = field(default_factory=time.monotonic)
+
+    @property
+    def state(self) -> Path | None:
+        return None if self.out is None else self.out.with_name(self.out.name + ".state") / "state.pt"
+
+    def resumable(self) -> int:
+        """The step a state was left at, 0 without one."""
+        if self.state is None or not self.state.exists():
+            return 0
+        return torch.load(self.state, map_location="cpu", weights_only=True)["step"]
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last > self.every
+
+    def save(self, run: _Run, planned: int | None, final: bool = False) -> None:
+        self.last = time.monotonic()
+        if self.out is None or self.state is None:
+            return
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.state.with_suffix(".tmp")
+        torch.save(run.state() | {"planned": planned}, partial)
+        os.replace(partial, self.state)
+        log = "".join(json.dumps(line) + "\n" for line in run.history)
+        export(run.model, self.processor, self.out, {"log.jsonl": log})
+        if self.ship_to is not None:
+            ship(self.out, self.ship_to)
+        self.last = time.monotonic()
+        self.say(f"saved step {run.step} to {self.out.name}{' (final)' if final else ''}")
 
 
 def train(
@@ -141,7 +226,7 @@ def train(
     ship_to: Path | None = None,
     log_every: int = 50,
     validate_every: int = 500,
-    say=print,
+    say: Say = print,
 ) -> TrainResult:
     """Train a scenes VLM from scratch.
 
@@ -154,124 +239,101 @@ def train(
         compile: None compiles on CUDA only. Where the compiler fails, training goes on in eager mode and says why.
         workers: processes that prepare scenes; None takes up to 10 on CUDA, none on the CPU.
         ship_to: also :func:`ship` every checkpoint there.
+        log_every, validate_every: steps between log lines, and between validations (at log lines only).
         say: takes the lines of the progress report.
 
     Returns:
         The trained model (float32, in eval mode), its processor and the history.
 
     Raises:
-        ValueError: if neither steps nor a deadline is given, or a state belongs to another recipe.
-        RuntimeError: if the loss stops being finite.
+        InputError: if neither steps nor a deadline is given, or a state belongs to another recipe.
+        DyRateError: if the loss stops being finite.
     """
-    changes = {k: v for k, v in (("steps", steps), ("batch", batch)) if v is not None}
-    recipe = Recipe(**{**asdict(recipe), **changes, "betas": tuple(recipe.betas), "slots": tuple(recipe.slots)})
+    recipe = replace(recipe, steps=steps or recipe.steps, batch=batch or recipe.batch)
     if recipe.steps is None and deadline is None:
-        raise ValueError("give a number of steps, or a deadline that decides it")
+        raise InputError("give a number of steps, or a deadline that decides it")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # flash and memory-efficient kernels serve heads of 32 well
-    processor = build_processor()
-    state_path = None if out is None else out.with_name(out.name + ".state") / "state.pt"
-    resume_step = 0
-    if state_path is not None and state_path.exists():
-        resume_step = torch.load(state_path, map_location="cpu", weights_only=True)["step"]
+    keeper = _Keeper(out, build_processor(), ship_to, save_every, say)
+    start = keeper.resumable()
     dataset = PackedBatches("train", recipe.batch, recipe.slots, length=10_000_000, seed=recipe.seed)
     if workers is None:
         workers = max(2, min(10, (os.cpu_count() or 2) // 2 - 2)) if on_gpu else 0
-    # Workers are forked before CUDA and the compiler start threads of their own.
-    loader = _loader(dataset, resume_step, workers, on_gpu)
-    first = next(loader)
-    validation = PackedBatches("val", min(recipe.batch, 128), recipe.slots, length=4)
-    n_validation = 4 if on_gpu else 1
+    # Workers are forked before the compiler starts threads of its own.
+    loader = _loader(dataset, start, workers, on_gpu)
+    pending = to_device(next(loader), device)
 
     run = _Run(recipe, device, say)
-    planned, plans = recipe.steps, []
-    if resume_step:
-        state = run.load(state_path)
-        planned = planned or state.get("planned")
+    plan = _Plan(recipe.steps, deadline, start, say)
+    if start:
+        state = run.load(_existing(keeper.state))
+        plan.steps = plan.steps or state.get("planned")
         say(f"resumed at step {run.step}")
-    pending = to_device(first, device)
     run.make_forward(on_gpu if compile is None else compile, dataset.layout.lengths, pending)
-    held_out = [to_device(validation[i], device) for i in range(n_validation)]
-    parameters = sum(p.numel() for p in run.model.parameters())
-    say(f"{SIZES[recipe.size].name}: {parameters / 1e6:.2f} M parameters, batch {recipe.batch}, device {device}, "
-        f"{workers} workers, rows of {len(prefix_ids())} + {dataset.layout.total} tokens")  # fmt: skip
+    validation = PackedBatches("val", min(recipe.batch, 128), recipe.slots, length=4)
+    held_out = [to_device(validation[i], device) for i in range(4 if on_gpu else 1)]
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    say(
+        f"{SIZES[recipe.size].name}: {millions:.2f} M parameters, batch {recipe.batch}, device {device}, "
+        f"{workers} workers, rows of {len(prefix_ids())} + {dataset.layout.total} tokens"
+    )
 
-    def sync() -> float:
+    def clock() -> float:
         if on_gpu:
             torch.cuda.synchronize()
         return time.monotonic()
 
-    def save(final: bool = False) -> None:
-        if out is None:
-            return
-        state_path.parent.mkdir(parents=True, exist_ok=True)
-        partial = state_path.with_suffix(".tmp")
-        torch.save(run.state() | {"planned": planned}, partial)
-        os.replace(partial, state_path)
-        log = "".join(json.dumps(line) + "\n" for line in run.history)
-        export(run.model, processor, out, {"log.jsonl": log})
-        if ship_to is not None:
-            ship(out, ship_to)
-        say(f"saved step {run.step} to {out.name}{' (final)' if final else ''}")
-
-    def plan(now: float, ms: float) -> int:
-        left = max(0.0, deadline - now) * 0.965 / (ms / 1000)
-        total = run.step + int(left)
-        return max(run.step + 1, total // 100 * 100 if left >= 200 else total)
-
-    begun, timed_from, last_save = sync(), None, time.monotonic()
+    begun = timed_from = window_from = clock()
     window: list[torch.Tensor] = []
-    window_started, window_step = begun, run.step
-    measure_at = run.step + 40
     ms = 0.0
-    while planned is None or run.step < planned:
-        window.append(run.update(pending, planned or 4000))
-        more = planned is None or run.step < planned
-        pending = to_device(next(loader), device) if more else None
-        if run.step == resume_step + 10:
-            timed_from = sync()
-        if run.step == measure_at and planned is None:
-            now = sync()
-            ms = (now - timed_from) * 1000 / 30
-            planned = plan(now, ms)
-            plans.append({"step": run.step, "ms_per_step": round(ms, 2), "steps": planned})
-            say(f"{ms:.1f} ms a step: planned {planned} steps")
-        if run.step % log_every == 0 or run.step == planned or (run.step == 1 and not on_gpu):
-            now = sync()
-            parts = torch.stack(window).mean(0).tolist()
-            ms = (now - window_started) * 1000 / (run.step - window_step)
-            line = {
-                "step": run.step,
-                "loss": round(parts[0], 5),
-                "cls": round(parts[1], 5),
-                **{k: round(v, 5) for k, v in zip(KINDS, parts[2:6], strict=True)},
-                "grad_norm": round(parts[6], 4),
-                "lr": round(learning_rate(recipe, run.step - 1, planned or 4000), 8),
-                "seconds": round(now - begun, 2),
-                "ms_per_step": round(ms, 2),
-            }
-            if run.step % validate_every == 0 or run.step == planned:
-                scores = token_accuracy(run.forward, held_out)
-                line["val"] = {k: round(v, 5) for k, v in scores.items()}
-            run.history.append(line)
-            say(json.dumps(line))
-            if not math.isfinite(parts[0]):
-                raise RuntimeError(f"the loss is not finite at step {run.step}; the last checkpoint is kept")
-            window, window_started, window_step = [], sync(), run.step
-            watch = recipe.steps is None and planned is not None and measure_at + log_every < run.step < planned
-            if watch and now + (planned - run.step) * ms / 1000 > deadline + 10:
-                planned = min(planned, plan(now, ms))
-                plans.append({"step": run.step, "ms_per_step": round(ms, 2), "steps": planned})
-                say(f"slower than planned ({ms:.1f} ms a step): now {planned} steps")
-            if time.monotonic() - last_save > save_every and run.step != planned:
-                save()
-                last_save = window_started = time.monotonic()
-    seconds = sync() - begun
+    while not plan.done(run.step):
+        window.append(run.update(pending, plan.length))
+        if not plan.done(run.step):
+            pending = to_device(next(loader), device)
+        if run.step == plan.time_from:
+            timed_from = clock()
+        if run.step == plan.time_to and plan.steps is None:
+            now = clock()
+            plan.measured(run.step, now, (now - timed_from) * 1000 / (TIMED[1] - TIMED[0]))
+        if run.step % log_every and not plan.done(run.step):
+            continue
+        now = clock()
+        ms = (now - window_from) * 1000 / len(window)
+        line = _log_line(run, torch.stack(window).mean(0).tolist(), plan.length, now - begun, ms)
+        if run.step % validate_every == 0 or (plan.done(run.step) and validate_every <= run.step):
+            line["val"] = {k: round(v, 5) for k, v in token_accuracy(run.forward, held_out).items()}
+        run.history.append(line)
+        say(json.dumps(line))
+        if not math.isfinite(line["loss"]):
+            raise DyRateError(f"the loss is not finite at step {run.step}; the last checkpoint is kept")
+        plan.watch(run.step, now, ms)
+        if keeper.due() and not plan.done(run.step):
+            keeper.save(run, plan.steps)
+        window, window_from = [], clock()
+    seconds = clock() - begun
     del loader
-    save(final=True)
+    keeper.save(run, plan.steps, final=True)
     run.model.eval()
-    return TrainResult(run.model, processor, run.history, run.step, ms, seconds, run.compiled)
+    return TrainResult(run.model, keeper.processor, run.history, run.step, ms, seconds, run.compiled)
+
+
+def _existing(path: Path | None) -> Path:
+    assert path is not None
+    return path
+
+
+def _log_line(run: _Run, parts: list[float], length: int, seconds: float, ms: float) -> dict[str, Any]:
+    return {
+        "step": run.step,
+        "loss": round(parts[0], 5),
+        "cls": round(parts[1], 5),
+        **{k: round(v, 5) for k, v in zip(KINDS, parts[2:6], strict=True)},
+        "grad_norm": round(parts[6], 4),
+        "lr": round(learning_rate(run.recipe, run.step - 1, length), 8),
+        "seconds": round(seconds, 2),
+        "ms_per_step": round(ms, 2),
+    }

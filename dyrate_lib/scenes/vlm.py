@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..errors import InputError
 from .tokenizer import IMAGE_SIZE, PATCH_SIZE, build_tokenizer
 
 
@@ -39,12 +40,12 @@ def build_model(size: str = "small", seed: int = 0):
     """A freshly initialised ``LlavaForConditionalGeneration`` of one of :data:`SIZES`, float32 on the CPU.
 
     Raises:
-        ValueError: for an unknown size.
+        InputError: for an unknown size.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+        raise InputError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     s, tokenizer = SIZES[size], build_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=s.vision_width,
@@ -70,7 +71,7 @@ def build_model(size: str = "small", seed: int = 0):
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    config = LlavaConfig(
+    config = LlavaConfig(  # type: ignore[call-arg]
         vision_config=vision,
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),

@@ -15,6 +15,8 @@ import math
 import random
 from dataclasses import dataclass
 
+from ..errors import InputError
+
 SIZE = 336
 MAX_OBJECTS = 9
 SPLITS = ("train", "val", "test", "novel")
@@ -132,7 +134,8 @@ def _between(rng: random.Random, low: float, high: float) -> float:
 
 
 def _jitter(rng: random.Random, rgb: tuple[int, int, int], amount: float) -> tuple[float, float, float]:
-    return tuple(min(1.0, max(0.0, v / 255 + _between(rng, -amount, amount))) for v in rgb)
+    r, g, b = (min(1.0, max(0.0, v / 255 + _between(rng, -amount, amount))) for v in rgb)
+    return r, g, b
 
 
 def _make_ground(rng: random.Random, split: str) -> Ground:
@@ -140,14 +143,14 @@ def _make_ground(rng: random.Random, split: str) -> Ground:
     rgb = _jitter(rng, TONES[tone], 0.025)
     # A darker or lighter companion of the same tone carries the texture.
     shift = _between(rng, 0.09, 0.15) * (-1 if sum(rgb) > 1.2 or rng.random() < 0.3 else 1)
-    rgb2 = tuple(min(1.0, max(0.0, v + shift)) for v in rgb)
+    r2, g2, b2 = (min(1.0, max(0.0, v + shift)) for v in rgb)
     # The split's number sits in the seed's last two bits, so scenes of different splits can never be equal.
     seed = (int(rng.random() * 2**26) << 2) | SPLITS.index(split)
     return Ground(
         kind=kind,
         tone=tone,
         rgb=rgb,
-        rgb2=rgb2,
+        rgb2=(r2, g2, b2),
         period=_between(rng, 18.0, 34.0),
         angle=_between(rng, 0.0, math.pi),
         phase=_between(rng, 0.0, 1.0),
@@ -194,12 +197,12 @@ def make_scene(seed: int, split: str) -> Scene:
             at least one. No scene of one split can equal a scene of another.
 
     Raises:
-        ValueError: for an unknown split or a negative seed.
+        InputError: for an unknown split or a negative seed.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if seed < 0:
-        raise ValueError(f"a scene's seed must not be negative, got {seed}")
+        raise InputError(f"a scene's seed must not be negative, got {seed}")
     rng = random.Random(f"dyrate-scenes-1/{split}/{seed}")
     ground = _make_ground(rng, split)
     count = 1 + _weighted(rng, COUNT_WEIGHTS)
