@@ -22,6 +22,8 @@ NEED = (
     * torch.tensor([0.40, 0.25, 0.15, 0.08, 0.05, 0.04, 0.02, 0.01]).double()
 )
 COST = 0.45  # price of a kept share of the tokens, the toy's FLOPs term
+# (of the distribution, of the soft sample); the first three as training has them
+TEMPERATURES = ((2.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1.0, 5.0), (1.0, 0.5))
 
 
 def toy_loss(keep: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def gradient_demonstration(samples: int = 20000, seed: int = 0) -> dict[str, Any
     """
     logits = torch.randn(STEPS, N_RATES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.5
     cases = []
-    for sharpening, sample in ((2.0, 1.0), (1.0, 1.0), (0.5, 1.0), (1.0, 5.0), (1.0, 0.5)):
+    for sharpening, sample in TEMPERATURES:
         exact = _exact_gradient(logits, sharpening)
         estimate = straight_through_gradient(logits / sharpening, sample, samples, seed) / sharpening
         cases.append(

@@ -21,7 +21,7 @@ from ..models import Adapter
 from ..predictor import RatePredictor
 from ..training import encode_responses, masked_logits, read_prompt_and_response, train_predictor
 from .context import Record, Study
-from .gradient_check import gradient_demonstration
+from .gradient_check import TEMPERATURES, gradient_demonstration
 
 MIXTURE = ("short", "narrative", "late")  # caption families that a predictor is trained on, in turn
 LAYER, N_RATES, BUDGET = 2, 20, 0.333
@@ -242,9 +242,8 @@ def _compare_once(
 def demonstration(study: Study) -> Record:
     """The toy of `gradient_check`, as a record."""
     samples = 20000 if study.scale.name == "full" else 2000
-    return study.record(
-        "gradient_toy", {"samples": samples, "seed": study.seed}, lambda: gradient_demonstration(samples, study.seed)
-    )
+    config = {"samples": samples, "seed": study.seed, "temperatures": TEMPERATURES}
+    return study.record("gradient_toy", config, lambda: gradient_demonstration(samples, study.seed))
 
 
 # ------------------------------------------------------------------------------------- one fixed rate of the same cost

@@ -16,7 +16,6 @@ import pandas as pd
 
 from .. import paths
 from ..plotting import BLACK, FAMILY_COLORS, GREEN, WIDTH_PAGE
-from .captions import FAMILIES
 from .probe import upsample
 from .questions import QUESTION_KINDS
 from .render import render
@@ -264,9 +263,26 @@ def question_table(study: Study, records: dict[tuple[str, str], Record]) -> pd.D
             values = [100.0 * r for i, r in right.items() if kind in ("all", kinds[i])]
             if values:
                 low, high = bootstrap_interval(values, study.scale.bootstrap)
+                given = [item.references[0] for item in dataset if item.id in right and kind == item.meta["kind"]]
                 rows.append({"model": study.label(key), "kind": kind, "n": len(values), "right %": float(np.mean(values)),
-                             "low": low, "high": high})  # fmt: skip
+                             "low": low, "high": high, "guessing %": _guessing(kind, given)})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _guessing(kind: str, answers: list[str]) -> float | None:
+    """What guessing scores, %: one of two for existence and relation, else always the most frequent answer."""
+    if kind in ("existence", "relation"):
+        return 50.0
+    return 100.0 * max(map(answers.count, answers)) / len(answers) if answers else None
+
+
+def guessing_line(table: pd.DataFrame) -> str:
+    """Which kinds of question are not answered better than by guessing."""
+    asked = table[table.kind != "all"].to_dict("records")
+    weak = [f"{row['kind']} ({row['model']})" for row in asked if row["low"] <= row["guessing %"]]
+    if not weak:
+        return "Questions: every kind is answered better than by guessing"
+    return "Questions not answered better than by guessing: " + ", ".join(weak)
 
 
 def target_line(study: Study, table: pd.DataFrame) -> str:
@@ -364,13 +380,7 @@ def heads_line(table: pd.DataFrame) -> str:
     if table.empty:
         return "Heads that look at objects: no scenes model in this run"
     parts = []
-    for row in table.itertuples(index=False):
-        record = row._asdict() if all(n.isidentifier() for n in table.columns) else dict(zip(table.columns, row, strict=True))
+    for record in table.to_dict("records"):
         clear = record["low"] > 2 * record["its area %"] and record["low"] > record["on another named one %"]
         parts.append(f"{record['model']}: {'yes' if clear else 'not shown'}, layer {record['layer']} head {record['head']}")
     return "Heads that look at the object they name: " + "; ".join(parts)
-
-
-__all__ = ["FAMILIES", "SMOKE_BATCH", "SMOKE_STEPS", "TARGET", "accuracy_table", "caption_table", "draw_heads", "draw_training",
-           "heads", "heads_line", "heads_table", "question_table", "replies", "shipped", "sizes_table", "target_line",
-           "training", "training_line", "training_table", "trains_anew"]  # fmt: skip
