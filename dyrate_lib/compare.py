@@ -257,7 +257,7 @@ def _fill(template: str, measured: Mapping[str, Any]) -> str:
             return shown
         return f"{shown} [{format(q.lo, spec or '.4g')}, {format(q.hi, spec or '.4g')}]"
 
-    return _FIELD.sub(put, template)
+    return _FIELD.sub(put, template).replace("xnot measured", "not measured")  # no factor before a missing number
 
 
 def scoreboard(measured: Mapping[str, Any]) -> pd.DataFrame:

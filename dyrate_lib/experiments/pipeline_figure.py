@@ -123,7 +123,7 @@ def _middle(ax: Axes) -> None:
     """The ranking, the classifier, and its distribution over rates."""
     ax.plot([28, 31.5, 31.5], [28.0, 28.0, 56.5], color=BLACK, linewidth=0.9)
     _arrow(ax, (31.5, 56.5), (34.5, 56.5))
-    _box(ax, 34.5, 51.4, 22, 10.2, "image tokens ranked once:\nhead-mean attention\nof the last prompt row", size=6)
+    _box(ax, 34, 51.4, 23, 10.2, "image tokens ranked once:\nhead-mean attention\nof the last prompt row", size=5.6)
     ax.text(45.5, 47.3, r"$\pi_t$ over rates $r_k=(k-1)/n$", ha="center", fontsize=6.5)
     for k, p in enumerate(_PROBABILITIES):
         ax.add_patch(Rectangle((36.7 + 1.8 * k, 34.2), 1.3, 34 * p, facecolor=VERMILION if k == 6 else GREY))
