@@ -109,11 +109,8 @@ class PrunedDecoder:
     def _tail_readable(self, index: int) -> Tensor | None:
         """[B, entries] bool of a layer >= P, or None where every sample reads everything from the first slot on."""
         state, n = self.state, self.state.slots[index]
-        uniform = not (state.method.rank == "step" or state.method.reversible) and bool(
-            (state.layer_kept(index) == state.layer_kept(index)[0]).all()
-        )
         text = self._occupied[:, self._occupied.shape[1] - self._n_text :]
-        if uniform and not self._text_padded:
+        if state.uniform(index) and not self._text_padded:
             return None
         return (
             self._readable(torch.cat((state.slot_reads(index), text), dim=1), index)

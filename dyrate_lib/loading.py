@@ -184,6 +184,9 @@ def _random_vlm(kind: str, device: torch.device, dtype: torch.dtype, attn: str) 
         vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(vision.image_size // 14) ** 2, vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
+    with torch.device("meta"):
+        needed = sum(p.numel() for p in LlavaForConditionalGeneration(config).parameters()) * dtype.itemsize
+    check_memory(f"random:{kind}", needed, device, dtype)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -198,3 +201,28 @@ def _random_vlm(kind: str, device: torch.device, dtype: torch.dtype, attn: str) 
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor
+
+
+def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse weights that cannot fit, before they are allocated and the system kills the process.
+
+    needed: bytes. Where the free memory cannot be told (no /proc/meminfo), nothing is refused.
+
+    Raises:
+        ResourceError: more bytes than are free on the device.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{name} in {str(dtype).removeprefix('torch.')} needs {needed / 1e9:.1f} GB for its weights, {free / 1e9:.1f} GB "
+            f"are free on {device.type}: use a smaller model, dtype='bfloat16', or a device with more memory."
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a device, None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

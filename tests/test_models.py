@@ -153,3 +153,9 @@ def test_attention_shares_of_every_layer(tiny, batch):
     assert torch.equal(one[:, 0], shares[:, 6])
     with pytest.raises(InputError, match="0..7"):
         attention_shares(tiny[0], batch, out.new_tokens, layers=[8])
+
+
+def test_weights_that_cannot_fit_are_refused_before_allocation(monkeypatch):
+    monkeypatch.setattr("dyrate_lib.loading.free_memory", lambda device: 20_000_000_000)
+    with pytest.raises(ResourceError, match=r"28\.\d GB .*bfloat16"):
+        load_vlm("random:llava-1.5-7b", device="cpu", dtype="float32")

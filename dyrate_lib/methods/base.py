@@ -141,6 +141,7 @@ class PruneState:
         self.steps = 0
         self.ranking = self.kept = self.reads = None
         self.slots: dict[int, int] = {}
+        self._extents: dict[int, tuple[int, int]] = {}
 
     def start(self, shares: Tensor, scores: Tensor) -> None:
         """Order the tokens and choose how many stay for the prompt. shares [B, H, 4]; scores [B, N]."""
@@ -151,6 +152,7 @@ class PruneState:
         self.ranking = torch.gather(order, 1, torch.argsort(late, dim=-1, stable=True))
         self.kept = torch.minimum(self.method.prefill(view).clamp(min=0), self.n_image)
         self.reads = masks.ranking_to_tokens(masks.prefix_masks(self.kept, self.ranking.shape[1]), self.ranking)
+        self._extents.clear()
         for layer in range(self.layer, self.n_layers):
             rows = self.n_image if self.method.reversible else self.layer_kept(layer)
             self.slots[layer] = int(rows.max()) if rows.numel() else 0
@@ -167,6 +169,7 @@ class PruneState:
             order = self.ranking
         self.reads = masks.ranking_to_tokens(masks.prefix_masks(kept, order.shape[1]), order)
         self.kept = kept
+        self._extents.clear()
 
     def layer_kept(self, layer: int) -> Tensor:
         """[B] int64: image tokens that layer `layer` reads now."""
@@ -175,11 +178,30 @@ class PruneState:
         cap = self.method.caps(layer, self.n_image)
         return self.kept if cap is None else torch.minimum(self.kept, cap)
 
+    def extent(self, layer: int) -> tuple[int, int]:
+        """The largest and the smallest number of image tokens that a sample reads at layer `layer` >= P now.
+
+        Asked of the device once a step, not once a layer, unless the layers differ: each answer makes the host wait.
+        """
+        key = -1 if self.method.caps(layer, self.n_image) is None else layer
+        if key not in self._extents:
+            kept = self.layer_kept(layer)
+            most, least = torch.stack((kept.max(), kept.min())).tolist()
+            self._extents[key] = (most, least)
+        return self._extents[key]
+
     def start_slot(self, layer: int) -> int:
         """The first slot of layer `layer` that any sample still reads."""
         if self.method.rank == "step" or self.method.reversible:
             return 0
-        return self.slots[layer] - int(self.layer_kept(layer).max())
+        return self.slots[layer] - self.extent(layer)[0]
+
+    def uniform(self, layer: int) -> bool:
+        """Whether every sample reads all slots from `start_slot` on."""
+        if self.method.rank == "step" or self.method.reversible:
+            return False
+        most, least = self.extent(layer)
+        return most == least
 
     def slot_reads(self, layer: int) -> Tensor:
         """[B, slots of the layer] bool: the slots that hold a token which this sample reads at this layer now."""
@@ -202,3 +224,4 @@ class PruneState:
             value = getattr(self, key)
             if value is not None:
                 setattr(self, key, value.index_select(0, index.to(value.device)))
+        self._extents.clear()
