@@ -220,9 +220,9 @@ def check_memory(name: str, needed: int, device: torch.device, dtype: torch.dtyp
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a device, None where that cannot be told."""
+    """Free bytes of a device, None where that cannot be told or memory is not used (the meta device)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    lines = meminfo.read_text().splitlines() if device.type == "cpu" and meminfo.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
