@@ -175,7 +175,7 @@ def _random_vlm(kind: str, device: torch.device, dtype: torch.dtype, attn: str) 
     processor.image_processor.size = {"shortest_edge": side}
     processor.image_processor.crop_size = {"height": side, "width": side}
     tokenizer = processor.tokenizer
-    vocab = max(len(tokenizer), 0) if tiny else 32064
+    vocab = len(tokenizer) if tiny else 32064
     text = LlamaConfig(
         vocab_size=vocab, max_position_embeddings=4096, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, rms_norm_eps=1e-5, **_LLAVA_DIMS[kind],

@@ -103,8 +103,3 @@ class RatePredictor(nn.Module):
                 f"{path} is not a rate predictor, or it is damaged ({error}): restore or retrain it."
             ) from error
         return predictor.eval().requires_grad_(False)
-
-    @staticmethod
-    def expected(logits: Tensor) -> Tensor:
-        """Probabilities pi_t (eq. 2): softmax in float32, the same shape."""
-        return torch.softmax(logits.float(), dim=-1)
