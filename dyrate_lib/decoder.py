@@ -7,6 +7,9 @@ on: a view, no copy. The rotary position is in the keys already, so the order of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,34 @@ from .masks import PAD, RES
 from .methods.base import Method, PruneState
 from .methods.none import NoReduction
 from .models import Adapter, Prompt
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is read now, for the trace. kept [B] int64: image tokens read at layer P; shares [B, H, 4] float32;
+    by_layer [B, L] int64: image tokens at every layer's input; ranking [B, N] int64: image tokens, those kept first.
+    reads [B, N] bool: the tokens read, or None where they are the first `kept` of the ranking of step 0."""
+
+    kept: Tensor
+    shares: Tensor
+    by_layer: Tensor
+    ranking: Tensor
+    reads: Tensor | None = None
+
+
+class Runner(Protocol):
+    """One batch from prompt to reply: what `generate` asks of a decoder. `layer` is P, the first that prunes."""
+
+    layer: int
+
+    def prefill(self) -> Tensor:
+        """Read the prompt. Returns the logits of the first response token, [B, vocab]."""
+
+    def decode(self, token: Tensor) -> Tensor:
+        """Append `token` [B] int64 to every sample. Returns the logits of the next token, [B, vocab]."""
+
+    def snapshot(self) -> Snapshot:
+        """What was read in the latest pass."""
 
 
 class PrunedDecoder:
@@ -163,3 +194,40 @@ class PrunedDecoder:
             self._filled[index] - (self.state.start_slot(index) if index >= self.layer else 0)
             for index in range(self.adapter.n_layers)
         ]
+
+    def snapshot(self) -> Snapshot:
+        """See `Runner`."""
+        state = self.state
+        rows = [state.layer_kept(index) for index in range(self.adapter.n_layers)]
+        if self.steps == 0 and state.method.reversible:  # the prompt's pass carries every token, whatever is read
+            rows = [state.n_image] * self.adapter.n_layers
+        own = state.method.rank == "step" or state.method.reversible or state.method.refresh
+        return Snapshot(
+            state.kept, self.shares, torch.stack(rows, dim=-1), state.ranking, state.reads if own else None
+        )
+
+
+class RefreshedDecoder:
+    """The uncached loop: the whole sequence is run again for every token and pruned by its newest row."""
+
+    def __init__(self, adapter: Adapter, prompt: Prompt, method: Method) -> None:
+        self.adapter, self.prompt, self.method = adapter, prompt, method
+        self.current = PrunedDecoder(adapter, prompt, method, 1)
+        self.layer = self.current.layer
+
+    def prefill(self) -> Tensor:
+        return self.current.prefill()
+
+    def decode(self, token: Tensor) -> Tensor:
+        old = self.current.prompt
+        longer = Prompt(
+            embeds=torch.cat((old.embeds, self.adapter.embed_tokens(token[:, None]).to(old.embeds.dtype)), dim=1),
+            types=torch.cat((old.types, torch.full_like(token[:, None], RES)), dim=1),
+            position_ids=torch.cat((old.position_ids, old.position_ids[:, -1:] + 1), dim=1),
+            image_index=old.image_index, content_key=old.content_key,
+        )  # fmt: skip
+        self.current = PrunedDecoder(self.adapter, longer, self.method, 1)
+        return self.current.prefill()
+
+    def snapshot(self) -> Snapshot:
+        return self.current.snapshot()

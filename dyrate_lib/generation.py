@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .decoder import PrunedDecoder
+from .decoder import Runner, Snapshot
 from .errors import InputError
-from .masks import RES
 from .methods.base import Method
 from .methods.none import NoReduction
 from .models import Adapter, ModelInfo, Prompt, model_info
@@ -101,33 +100,23 @@ class GenerationOutput:
 class _Recorder:
     """Collects the trace while the loop runs."""
 
-    def __init__(self, keep_reads: bool) -> None:
-        self.kept: list[Tensor] = []
-        self.attention: list[Tensor] = []
-        self.by_layer: list[Tensor] = []
-        self.reads: list[Tensor] | None = [] if keep_reads else None
-        self.first: Tensor | None = None
+    def __init__(self) -> None:
+        self.steps: list[Snapshot] = []
 
-    def step(self, decoder: PrunedDecoder) -> None:
-        state = decoder.state
-        self.kept.append(state.kept)
-        self.attention.append(decoder.shares)
-        rows = [state.layer_kept(index) for index in range(decoder.adapter.n_layers)]
-        if not self.by_layer and state.method.reversible:  # the prompt's pass carries every token, whatever is read
-            rows = [state.n_image] * decoder.adapter.n_layers
-        self.by_layer.append(torch.stack(rows, dim=-1))
-        if self.reads is not None:
-            self.reads.append(state.reads)
-        if self.first is None:
-            n = int(state.kept.max())
-            ranked = state.ranking[:, :n]
-            self.first = torch.where(torch.arange(n, device=ranked.device) < state.kept[:, None], ranked, -1)
+    def step(self, runner: Runner) -> None:
+        self.steps.append(runner.snapshot())
 
     def trace(self, valid: Tensor, layer: int, prompt: Prompt) -> Trace:
+        first = self.steps[0]
+        ranked = first.ranking[:, : int(first.kept.max())]
+        places = torch.arange(ranked.shape[1], device=ranked.device)
+        reads = None if first.reads is None else [step.reads for step in self.steps]
         return Trace(
-            kept=torch.stack(self.kept, 1), kept_indices=self.first, attention=torch.stack(self.attention, 1),
-            kept_by_layer=torch.stack(self.by_layer, 1), valid=valid, layer=layer, n_image=prompt.n_image,
-            prompt_length=prompt.length, reads=self.reads,
+            kept=torch.stack([step.kept for step in self.steps], 1),
+            kept_indices=torch.where(places < first.kept[:, None], ranked, -1),
+            attention=torch.stack([step.shares for step in self.steps], 1),
+            kept_by_layer=torch.stack([step.by_layer for step in self.steps], 1), valid=valid, layer=layer,
+            n_image=prompt.n_image, prompt_length=prompt.length, reads=reads,
         )  # fmt: skip
 
 
@@ -205,20 +194,16 @@ def generate(
         )
     ends = _as_list(adapter.eos_token_ids if eos_token_id is None else eos_token_id) if forced_tokens is None else []
     choose = _chooser(do_sample, temperature, top_k, top_p, seed, device)
-    prompt = adapter.embed(inputs)
-    recorder = _Recorder(keep_reads=method.rank == "step" or method.reversible or method.refresh)
-    runner = (
-        _Refreshed(adapter, prompt, method)
-        if method.refresh
-        else PrunedDecoder(adapter, prompt, method, max_new_tokens)
-    )
+    prompt = method.embed(adapter, inputs)
+    recorder = _Recorder()
+    runner = method.runner(adapter, prompt, max_new_tokens)
 
     ids, alive = inputs["input_ids"], torch.ones(prompt.types.shape[0], dtype=torch.bool, device=device)
     ending = torch.tensor(ends, device=device, dtype=torch.long)
     tokens, valid, all_logits = [], [], []
     logits = runner.prefill()
     for step in range(max_new_tokens):
-        recorder.step(runner.current if method.refresh else runner)
+        recorder.step(runner)
         if return_logits:
             all_logits.append(logits)
         token = choose(ids, logits) if forced_tokens is None else forced_tokens[:, step].to(device)
@@ -244,29 +229,6 @@ def generate(
 
 def _as_list(value: int | list[int]) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-class _Refreshed:
-    """The uncached loop: the whole sequence is run again for every token and pruned by its newest row."""
-
-    def __init__(self, adapter: Adapter, prompt: Prompt, method: Method) -> None:
-        self.adapter, self.prompt, self.method = adapter, prompt, method
-        self.current = PrunedDecoder(adapter, prompt, method, 1)
-        self.layer = self.current.layer
-
-    def prefill(self) -> Tensor:
-        return self.current.prefill()
-
-    def decode(self, token: Tensor) -> Tensor:
-        old = self.current.prompt
-        longer = Prompt(
-            embeds=torch.cat((old.embeds, self.adapter.embed_tokens(token[:, None]).to(old.embeds.dtype)), dim=1),
-            types=torch.cat((old.types, torch.full_like(token[:, None], RES)), dim=1),
-            position_ids=torch.cat((old.position_ids, old.position_ids[:, -1:] + 1), dim=1),
-            image_index=old.image_index, content_key=old.content_key,
-        )  # fmt: skip
-        self.current = PrunedDecoder(self.adapter, longer, self.method, 1)
-        return self.current.prefill()
 
 
 __all__ = ["GenerationOutput", "Trace", "generate"]

@@ -17,7 +17,9 @@ from .. import masks
 from ..errors import InputError
 
 if TYPE_CHECKING:
+    from ..decoder import Runner
     from ..hooks import StockPruning
+    from ..models import Adapter, Prompt
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ class Method:
     def caps(self, layer: int, n_image: Tensor) -> Tensor | None:
         """The most tokens that layer `layer` >= P may keep, [B] int64, or None for no cap of its own."""
         return None
+
+    def embed(self, adapter: Adapter, inputs: Any) -> Prompt:
+        """The batch as the language model's first layer receives it. A method that cuts before the LLM cuts here."""
+        return adapter.embed(inputs)
+
+    def runner(self, adapter: Adapter, prompt: Prompt, capacity: int) -> Runner:
+        """What runs a batch under this method in our own loop; `capacity` tokens may be generated."""
+        from ..decoder import PrunedDecoder, RefreshedDecoder
+
+        if self.refresh:
+            return RefreshedDecoder(adapter, prompt, self)
+        return PrunedDecoder(adapter, prompt, self, capacity)
 
     def __call__(self, model: Any) -> StockPruning:
         """A context manager under which stock `model.generate` prunes; on leaving it the model is as before."""
