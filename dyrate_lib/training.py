@@ -20,19 +20,20 @@ from .attention import (
     causal_layer,
     image_scores,
     padding_allowed,
-    repeat_heads,
     row_attention,
     shares_by_type,
     with_response,
 )
 from .errors import InputError
 from .loading import prepare_inputs
+from .masked_attention import masked_attention
 from .masks import PAD
 from .models import Adapter, ModelInfo, Prompt, model_info
 from .predictor import RatePredictor
 from .prompts import chat_prompt
 
-_STANDARDISE_BATCHES = 8  # batches whose shares set the scale of the classifier's inputs
+_SCALING_BATCHES = 8  # batches whose shares set the scale of the classifier's inputs
+_WARM_STEPS, _WARM_LR = 200, 0.05  # the bias is fitted to the budget first; this costs no pass of the model
 
 
 @dataclass
@@ -80,22 +81,6 @@ def read_prompt_and_response(adapter: Adapter, prompt: Prompt, response_ids: Ten
     shares = shares_by_type(attention, types)
     scores = image_scores(attention[:, :, :1], prompt.image_index)
     return TeacherForced(prompt, x, shares, scores, rotary, layer, steps)
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention with a multiplicative mask (eq. 6), differentiable in the mask: exp(s) m / sum exp(s) m.
-
-    q, k, v: [B, H, T, d]; mask: [B, T, T] in [0, 1], causal part included. Dropped entries are multiplied away rather
-    than set to minus infinity: their gradient tells the predictor what keeping them would have done.
-    """
-    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    exact = torch.promote_types(q.dtype, torch.float32)  # float32 at least
-    scores = (q @ k.transpose(-1, -2)).to(exact) * q.shape[-1] ** -0.5
-    mask = mask[:, None].to(exact)
-    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    top = scores.masked_fill(~causal, -torch.inf).amax(-1, keepdim=True).detach()
-    weights = torch.exp((scores - top).clamp(max=0.0)) * mask
-    return ((weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)).to(v.dtype)) @ v
 
 
 def masked_logits(adapter: Adapter, forced: TeacherForced, image_keep: Tensor) -> Tensor:
@@ -202,7 +187,7 @@ def train_predictor(
     steps: int = 300,
     batch_size: int = 16,
     lr: float = 0.02,
-    lam: float = 100.0,
+    lam: float = 200.0,
     tau: tuple[float, float] = (2.0, 0.1),
     seed: int = 0,
     max_new_tokens: int = 64,
@@ -216,7 +201,9 @@ def train_predictor(
     Loss = cross-entropy on the response + lam * (expected FLOPs ratio of the batch - target)^2; the expectation is
     exact under independent draws (discarding is final, so the rate in force is the highest so far).
     tau: temperature of the distribution from the first to the last step, geometric; at the end a draw is nearly the
-    argmax that inference takes.
+    argmax that inference takes. lr: of Adam at the first step, falling linearly to nothing.
+    Before the first step the bias alone is fitted to the budget, so that training starts from a schedule that costs what
+    is asked and does not look at the picture: whatever the classifier adds, it adds to that.
 
     Raises:
         InputError: a setting out of range, raised before the model runs.
@@ -234,7 +221,6 @@ def train_predictor(
     draw = torch.Generator().manual_seed(seed)
     noise = torch.Generator(device=device).manual_seed(seed)
     predictor = RatePredictor(adapter.n_heads, n_rates, layer).to(device).train()
-    learner: _Standardised | None = None
     optimizer = torch.optim.Adam(predictor.parameters(), lr=lr)
     ratio_of = FlopsRatio(info, layer, n_rates, convention)
     history: list[dict[str, float]] = []
@@ -249,15 +235,15 @@ def train_predictor(
         response, lengths = encode_responses(processor.tokenizer, texts, max_new_tokens, device)
         return read_prompt_and_response(adapter, adapter.embed(inputs), response, layer), response, lengths
 
+    first = [read_batch() for _ in range(_SCALING_BATCHES)]
+    learner = _Scaled(predictor, torch.cat([f.shares[b, :n] for f, _, ns in first for b, n in enumerate(ns)]))
+    _fit_bias(predictor, [(f.prompt, ns) for f, _, ns in first[:2]], ratio_of, target, tau[0])
+    del first
     for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress):
         forced, response, lengths = read_batch()
-        if learner is None:
-            rows = [forced.shares[b, :n] for b, n in enumerate(lengths)]
-            for _ in range(_STANDARDISE_BATCHES - 1):
-                more, _, more_lengths = read_batch()
-                rows += [more.shares[b, :n] for b, n in enumerate(more_lengths)]
-            learner = _Standardised(predictor, torch.cat(rows))
         now = tau[0] * (tau[1] / tau[0]) ** (step / max(steps - 1, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
         figures, loss = predictor_loss(
             adapter, learner(forced.shares), forced, response, lengths, ratio_of, now, target, lam, noise
         )
@@ -303,16 +289,36 @@ def predictor_loss(
     return figures, ce + lam * (ratio - target) ** 2
 
 
-class _Standardised(torch.nn.Module):
-    """The linear classifier on standardised shares while it learns; `fold` gives the plain one that computes the same.
+def _fit_bias(
+    predictor: RatePredictor, batches: Sequence[tuple[Prompt, Sequence[int]]], ratio_of: FlopsRatio, target: float, tau: float
+) -> None:  # fmt: skip
+    """Give the bias the values at which a distribution that ignores its input meets the budget, drawn at `tau`."""
+    bias = predictor.linear.bias
+    optimizer = torch.optim.Adam([bias], lr=_WARM_LR)
+    for _ in range(_WARM_STEPS):
+        error = torch.zeros((), device=bias.device)
+        for prompt, lengths in batches:
+            drawn = torch.softmax(bias / tau, dim=-1).expand(len(lengths), max(lengths), -1)
+            ratio = ratio_of(masks.running_rate_distribution(drawn), prompt, lengths).mean()
+            error = error + (ratio - target) ** 2
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        optimizer.step()
 
-    Shares differ between rows by a few hundredths, a bias by whole units: without this the bias alone would learn.
+
+class _Scaled(torch.nn.Module):
+    """The linear classifier on scaled shares while it learns; `fold` gives the plain one that computes the same.
+
+    Shares differ between rows by a few hundredths, a bias by whole units: on them as they are, the bias alone would
+    learn. Standardised ones have a length of sqrt(4 H), and the noise of the draws moves the logits as far as the signal
+    does. So they are standardised and then divided by that: rows of unit length, on average.
     """
 
     def __init__(self, predictor: RatePredictor, rows: Tensor) -> None:
         super().__init__()
         flat = rows.float().flatten(-2).reshape(-1, 4 * predictor.n_heads)
-        self.predictor, self.mean, self.std = predictor, flat.mean(0), flat.std(0).clamp(min=1e-3)
+        self.predictor, self.mean = predictor, flat.mean(0)
+        self.std = flat.std(0).clamp(min=1e-3) * flat.shape[-1] ** 0.5
 
     def forward(self, shares: Tensor) -> Tensor:
         return self.predictor.linear((shares.float().flatten(-2) - self.mean) / self.std)

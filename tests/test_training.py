@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dyrate_lib import DyRate, InputError, RatePredictor, generate, masks
+from dyrate_lib.masked_attention import masked_attention
 from dyrate_lib.models import Adapter, model_info
 from dyrate_lib.training import (
     FlopsRatio,
@@ -124,3 +125,39 @@ def test_refusals(tiny, items):
             train_predictor(*tiny, items, progress=False, **bad)
     with pytest.raises(InputError, match="empty"):
         train_predictor(*tiny, [], steps=1, progress=False)
+
+
+def _plain_masked_attention(q, k, v, mask):
+    """The formula of eq. 6, left to autograd."""
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    top = scores.masked_fill(~causal, -torch.inf).amax(-1, keepdim=True).detach()
+    weights = torch.exp((scores - top).clamp(max=0.0)) * mask[:, None]
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_masked_attention_and_its_gradients_are_those_of_the_formula(kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = make(2, 4, 7, 3), make(2, kv_heads, 7, 3), make(2, kv_heads, 7, 3)
+    mask = (torch.rand(2, 7, 7, generator=generator) < 0.6).double()
+    mask = torch.maximum(mask, torch.eye(7)).tril()  # zeros and ones, as in training
+    inputs = [x.requires_grad_() for x in (q, k, v, mask)]
+    upstream = make(2, 4, 7, 3)
+    ours = masked_attention(*inputs)
+    groups = 4 // kv_heads
+    plain = _plain_masked_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), mask)
+    assert torch.allclose(ours, plain, atol=1e-12)
+    tril = torch.ones(7, 7).tril().double()  # entries above the diagonal are no part of the mask
+    for a, b in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True):
+        a, b = (a * tril, b * tril) if a.shape[-1] == 7 and a.ndim == 3 else (a, b)
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_the_bias_alone_meets_the_budget_before_training(tiny, items):
+    """With a learning rate of almost nothing the predictor stays where training starts: at the asked cost, expected."""
+    result = train_predictor(
+        *tiny, items, target=0.8, layer=2, steps=1, batch_size=2, lr=1e-9, max_new_tokens=8, progress=False
+    )
+    assert result.history[0]["flops_ratio"] == pytest.approx(0.8, abs=0.02)
