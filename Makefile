@@ -5,12 +5,13 @@ PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 OPTIONS = $(if $(SCALE),--scale "$(SCALE)") $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
 
-.PHONY: help env reproduce figures test lint types clean
+.PHONY: help env reproduce figures test test-newest lint types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reproduce   set up, then compute everything anew (SCALE=smoke without a GPU, full with one) into build/"
 	@echo "make test        set up, then lint, unit tests and every committed notebook"
+	@echo "make test-newest the contract tests on transformers' newest release, in an environment of its own"
 	@echo "make figures     redraw figures/ from the committed records, on a CPU"
 	@echo "make lint        ruff; make types runs mypy"
 	@echo "Variables: SCALE=smoke|full MODEL=hub-id-or-folder DATA=coco:/folder OUT=folder PYTHON=python3.12 VENV=.venv"
@@ -35,6 +36,9 @@ figures: env
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not gpu" tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks
+
+test-newest: env
+	VENV=$(VENV) bash .ci/newest
 
 lint: env
 	$(PY) -m ruff check .

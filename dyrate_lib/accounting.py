@@ -130,6 +130,7 @@ def flops(
     convention: str = "cached",
     includes_vision: bool = True,
     n_rates: int = 0,
+    vision: tuple[int, int] | None = None,
 ) -> Flops:
     """FLOPs of one sample's generation, with the unpruned count beside it.
 
@@ -137,6 +138,8 @@ def flops(
         info, prompt_length, n_image, kept_by_layer: as in `token_counts`; `steps` forward passes give `steps` tokens.
         convention: "cached", "paper" or "paper-prefill".
         includes_vision: whether `cached` counts vision tower and projector (`paper` never does).
+        vision: FLOPs of tower and projector for this prompt's pictures (a row of `Prompt.vision_flops`); None takes them
+            from `info`, which only families with pictures of one size allow.
         n_rates: rates of a DyRate predictor that runs once a step; adds the part "predictor" to the pruned count.
 
     Returns:
@@ -150,8 +153,8 @@ def flops(
     if not isinstance(kept, np.ndarray):
         kept = kept.detach().cpu().numpy()
     full = np.full_like(kept, n_image)
-    pruned = flop_parts(info, prompt_length, n_image, kept, convention, includes_vision)
-    unpruned = flop_parts(info, prompt_length, n_image, full, convention, includes_vision)
+    pruned = flop_parts(info, prompt_length, n_image, kept, convention, includes_vision, vision)
+    unpruned = flop_parts(info, prompt_length, n_image, full, convention, includes_vision, vision)
     if n_rates:
         passes = 1 if convention == "paper-prefill" else kept.shape[0]
         pruned["predictor"] = 2.0 * 4 * info.n_heads * n_rates * passes
@@ -166,6 +169,7 @@ def flop_parts(
     kept_by_layer: Any,
     convention: str = "cached",
     includes_vision: bool = True,
+    vision: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The parts behind `flops`, with its arguments and errors; differentiable if `kept_by_layer` is a float tensor."""
     if convention not in CONVENTIONS:
@@ -175,7 +179,9 @@ def flop_parts(
         return {"llm": paper_layer_flops(counts.prefill, info.hidden, info.mlp).sum()}
     if convention == "paper":
         return {"llm": paper_layer_flops(counts.kv_read, info.hidden, info.mlp).sum()}
-    parts = vision_flops(info, n_image) if includes_vision else {}
+    parts: dict[str, Any] = {}
+    if includes_vision:
+        parts = vision_flops(info, n_image) if vision is None else {"vision": vision[0], "projector": vision[1]}
     steps = counts.kv_read.shape[0]
     row, attend = _row_flops(info), 4 * info.n_heads * info.head_dim
     # the rotary angles are an outer product of positions and frequencies, made once a forward pass: head_dim a row
@@ -190,17 +196,31 @@ def vision_flops(info: ModelInfo, n_image: int) -> dict[str, int]:
 
     The tower runs all its layers, also those after the layer whose output is used, because transformers does.
     Returns {"vision": .., "projector": ..}; zero for a prompt without a picture.
+
+    Raises:
+        InputError: in this family a picture's tokens and cost depend on the picture (`Prompt.vision_flops` has them).
     """
-    pictures = -(-n_image // info.n_image_tokens)
+    if n_image and not info.n_image_tokens:
+        raise InputError(
+            f"What the pictures of {info.name} cost depends on their size: pass vision=prompt.vision_flops of the prompt, or "
+            "count the language model alone (includes_vision=False)."
+        )
+    pictures = -(-n_image // info.n_image_tokens) if n_image else 0
     d, rows = info.vision_hidden, info.vision_tokens
     patches = (info.image_size // info.patch) ** 2
     convolution = 2 * patches * d * 3 * info.patch**2
-    layer = 2 * rows * (4 * d**2 + 2 * d * info.vision_mlp) + 4 * rows**2 * d
+    layer = encoder_flops(d, info.vision_mlp, 2, [rows])
     projector = 2 * info.n_image_tokens * info.projector_hidden * (info.feature_dim + info.hidden)
     return {
         "vision": pictures * (convolution + info.vision_layers * layer),
         "projector": pictures * projector,
     }
+
+
+def encoder_flops(width: int, mlp: int, matrices: int, lengths: Iterable[int]) -> int:
+    """FLOPs of one bidirectional encoder layer over sequences (windows) of these lengths, `matrices` in its MLP."""
+    lengths = list(lengths)
+    return 2 * sum(lengths) * (4 * width**2 + matrices * width * mlp) + 4 * width * sum(n**2 for n in lengths)
 
 
 def kv_bytes(info: ModelInfo, tokens_by_layer: Any, dtype_bytes: int = 2) -> int:

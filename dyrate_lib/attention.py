@@ -89,7 +89,8 @@ def with_response(adapter: Adapter, prompt: Any, response_ids: Tensor) -> tuple[
     steps = response_ids.shape[1]
     embeds = torch.cat((prompt.embeds, adapter.embed_tokens(response_ids).to(prompt.embeds.dtype)), dim=1)
     types = torch.cat((prompt.types, torch.full_like(response_ids, RES)), dim=1)
-    after = prompt.position_ids[:, -1:] + 1 + torch.arange(steps, device=response_ids.device)
+    steps_on = torch.arange(1, steps + 1, device=response_ids.device)
+    after = prompt.last_position + steps_on.view(1, -1, *[1] * (prompt.position_ids.ndim - 2))
     return embeds, types, torch.cat((prompt.position_ids, after), dim=1)
 
 

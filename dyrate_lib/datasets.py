@@ -9,6 +9,7 @@ Nothing is rendered or read from disk before an item's `image` is asked for.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -162,7 +163,12 @@ def _caption_maker(scenes: Any, family: str, split: str, first: int) -> Callable
             _picture=lambda: scenes.render(scene),
         )
 
-    return make
+    return _remembering(make)
+
+
+def _remembering(make: Callable[[int], Item]) -> Callable[[int], Item]:
+    """Items are asked for again with every method; making a scene and its texts takes milliseconds."""
+    return functools.lru_cache(maxsize=4096)(make)
 
 
 def _question_maker(scenes: Any, split: str, first: int) -> Callable[[int], Item]:
@@ -183,7 +189,7 @@ def _question_maker(scenes: Any, split: str, first: int) -> Callable[[int], Item
             _picture=lambda: scenes.render(scene),
         )
 
-    return make
+    return _remembering(make)
 
 
 # ------------------------------------------------------------------------------------------------------------ COCO

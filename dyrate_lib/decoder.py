@@ -7,14 +7,15 @@ on: a view, no copy. The rotary position is in the keys already, so the order of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import masks
 from .attention import attend, image_scores, padding_allowed, row_attention, shares_by_type
+from .layout import gather_columns
 from .masks import PAD, RES
 from .methods.base import Method, PruneState
 from .methods.none import NoReduction
@@ -64,12 +65,12 @@ class PrunedDecoder:
         self.state = PruneState(
             self.method, self.layer, adapter.n_layers, prompt.types, prompt.image_index, prompt.content_key
         )
-        self.shares: Tensor | None = None
+        self.shares: Any = None
         self.steps = 0
         self._caches: dict[int, tuple[Tensor, Tensor]] = {}
         self._filled: dict[int, int] = {}
         # what stands in each slot of the layers >= P: True for tokens, False for padding
-        self._occupied: Tensor | None = None
+        self._occupied: Any = None
         self._real = prompt.types != PAD
         self._padded = not bool(self._real.all())
 
@@ -105,7 +106,7 @@ class PrunedDecoder:
         state = self.state
         self.steps += 1
         x = self.adapter.embed_tokens(token[:, None]).to(self.prompt.embeds.dtype)
-        rotary = self.adapter.rotary(self.prompt.position_ids[:, -1:] + self.steps, x)
+        rotary = self.adapter.rotary(self.prompt.last_position + self.steps, x)
         for index in range(self.adapter.n_layers):
             q, k, v = self.adapter.project(index, self.adapter.normed_input(index, x), rotary)
             keys, values = self._store(index, k, v)
@@ -158,8 +159,8 @@ class PrunedDecoder:
         n = self.state.slots[self.layer]
         self._n_text = columns.shape[1] - n
         self._text_padded = not bool(self._occupied[:, n:].all())
-        x = torch.gather(x, 1, columns[..., None].expand(-1, -1, x.shape[-1]))
-        rotary = self.adapter.rotary(torch.gather(self.prompt.position_ids, 1, columns), x)
+        x = gather_columns(x, columns)
+        rotary = self.adapter.rotary(gather_columns(self.prompt.position_ids, columns), x)
         return x, rotary, self._tail_allowed(self.layer)
 
     def _shrink(
@@ -220,12 +221,12 @@ class RefreshedDecoder:
 
     def decode(self, token: Tensor) -> Tensor:
         old = self.current.prompt
-        longer = Prompt(
+        longer = replace(
+            old,
             embeds=torch.cat((old.embeds, self.adapter.embed_tokens(token[:, None]).to(old.embeds.dtype)), dim=1),
             types=torch.cat((old.types, torch.full_like(token[:, None], RES)), dim=1),
-            position_ids=torch.cat((old.position_ids, old.position_ids[:, -1:] + 1), dim=1),
-            image_index=old.image_index, content_key=old.content_key,
-        )  # fmt: skip
+            position_ids=torch.cat((old.position_ids, old.last_position + 1), dim=1),
+        )
         self.current = PrunedDecoder(self.adapter, longer, self.method, 1)
         return self.current.prefill()
 

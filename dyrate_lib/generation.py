@@ -1,12 +1,13 @@
 """`generate`: the pruned loop, and the trace of what it kept.
 
-Greedy and sampling, batches of unequal prompts, a length of its own for every sample. Beam search and everything else
-that transformers offers runs under the context manager instead (`with method(model): model.generate(...)`).
+Greedy and sampling, several sequences a prompt, batches of unequal prompts, a length of its own for every sample, stopping
+criteria and streaming. Beam search and everything else that transformers offers runs under the context manager instead
+(`with method(model): model.generate(...)`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ class Trace:
     ranking order, -1 where a sample keeps fewer (with a ranking made once, step t keeps the first kept[b, t] of them).
     attention: [B, steps, H, 4] float32, shares of layer P - 1 (sys, img, ins, res). kept_by_layer: [B, steps, L] int64;
     at step 0 what the prompt's forward pass carried. valid: [B, steps] bool, False once a sample had ended.
-    layer: P. n_image, prompt_length: [B] int64.
+    layer: P. n_image, prompt_length: [B] int64. vision_flops: [B, 2] int64 as in `Prompt`, or None.
     """
 
     kept: Tensor
@@ -42,12 +43,14 @@ class Trace:
     n_image: Tensor
     prompt_length: Tensor
     reads: list[Tensor] | None = field(default=None, repr=False)
+    vision_flops: Tensor | None = field(default=None, repr=False)
 
     def kept_at(self, sample: int, step: int) -> Tensor:
         """Image tokens (raster order, 0..N-1) that `sample` reads at `step`: [kept] int64, ascending."""
         if self.reads is not None:
             return self.reads[step][sample].nonzero()[:, 0]
-        return self.kept_indices[sample, : int(self.kept[sample, step])].sort().values
+        kept = self.kept_indices[sample, : int(self.kept[sample, step])]
+        return kept[kept >= 0].sort().values
 
 
 @dataclass
@@ -85,10 +88,15 @@ class GenerationOutput:
         steps = int(self.trace.valid[sample].sum())
         kept = self.trace.kept_by_layer[sample, :steps].cpu().numpy()
         length, n_image = int(self.trace.prompt_length[sample]), int(self.trace.n_image[sample])
+        cost = self.trace.vision_flops
+        vision = None if cost is None else tuple(cost[sample].tolist())
         if self.refreshed and convention == "cached":  # no cache: every step is a prefill of a longer prompt
-            passes = (flops(self.info, length + t, n_image, kept[t : t + 1], "cached", t == 0) for t in range(steps))
+            passes = (
+                flops(self.info, length + t, n_image, kept[t : t + 1], "cached", t == 0, vision=vision)
+                for t in range(steps)
+            )
             return combine(passes)
-        return flops(self.info, length, n_image, kept, convention)
+        return flops(self.info, length, n_image, kept, convention, vision=vision)
 
     def flops(self, convention: str = "cached") -> Flops:
         """FLOPs of the whole batch, padding not counted: a float with `.by_part`, `.unpruned` and `.ratio`."""
@@ -110,29 +118,42 @@ class _Recorder:
         first = self.steps[0]
         ranked = first.ranking[:, : int(first.kept.max())]
         places = torch.arange(ranked.shape[1], device=ranked.device)
-        reads = None if first.reads is None else [step.reads for step in self.steps]
+        reads = None if first.reads is None else [step.reads for step in self.steps if step.reads is not None]
         return Trace(
             kept=torch.stack([step.kept for step in self.steps], 1),
             kept_indices=torch.where(places < first.kept[:, None], ranked, -1),
             attention=torch.stack([step.shares for step in self.steps], 1),
             kept_by_layer=torch.stack([step.by_layer for step in self.steps], 1), valid=valid, layer=layer,
-            n_image=prompt.n_image, prompt_length=prompt.length, reads=reads,
+            n_image=prompt.n_image if prompt.full_n_image is None else prompt.full_n_image,
+            prompt_length=prompt.length if prompt.full_length is None else prompt.full_length, reads=reads,
+            vision_flops=prompt.vision_flops,
         )  # fmt: skip
 
 
 def _chooser(
-    do_sample: bool, temperature: float, top_k: int, top_p: float, seed: int | None, device: torch.device
-) -> Any:
-    """A function from logits [B, vocab] to the next token [B]; transformers' own warpers shape the distribution."""
-    if not do_sample:
-        return lambda ids, logits: logits.argmax(-1)
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    do_sample: bool, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seed: int | None,
+    device: torch.device,
+) -> Any:  # fmt: skip
+    """A function from ids [B, T] and logits [B, vocab] to the next token [B]; transformers' own processors shape them."""
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
+    if not repetition_penalty > 0:
+        raise InputError(f"repetition_penalty must be above 0 (1 is none), got {repetition_penalty}.")
+    warpers: Any = LogitsProcessorList()
+    if repetition_penalty != 1.0:
+        warpers.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+    if not do_sample:
+        return lambda ids, logits: warpers(ids, logits.float()).argmax(-1) if warpers else logits.argmax(-1)
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise InputError(
             f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}."
         )
-    warpers = LogitsProcessorList()
     if temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
     if top_k:
@@ -149,6 +170,14 @@ def _chooser(
     return sample
 
 
+def _stopper(criteria: Any) -> Any:
+    """Stopping criteria (one, or several) as a function from ids [B, T] and logits to [B] bool: which rows end here."""
+    from transformers import StoppingCriteriaList
+
+    several = StoppingCriteriaList(criteria if isinstance(criteria, list | tuple) else [criteria])
+    return lambda ids, logits: several(ids, logits)
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -160,17 +189,24 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    num_return_sequences: int = 1,
     seed: int | None = None,
     forced_tokens: Tensor | None = None,
     eos_token_id: int | list[int] | None = None,
+    stopping_criteria: Any = None,
+    streamer: Any = None,
     return_logits: bool = False,
     processor: Any = None,
 ) -> GenerationOutput:
     """Generate with visual tokens pruned by `method` (None: unpruned).
 
-    inputs: input_ids [B, T] (left-padded), attention_mask [B, T], pixel_values, e.g. from `prepare_inputs`.
+    inputs: input_ids [B, T] (left-padded), attention_mask [B, T] and what the model's family takes pictures in (pixel_values
+    and, by family, more), e.g. from `prepare_inputs`. Several pictures in a prompt are ranked together.
     max_new_tokens: steps at most; generation ends when every sample has ended. forced_tokens: [B, steps] int64, follow
     these instead of choosing (then nothing ends early). eos_token_id: None takes the model's own, [] never ends.
+    num_return_sequences: sequences drawn for each prompt, one after the other in the output (B grows by this factor).
+    repetition_penalty, stopping_criteria (one or a list) and streamer are transformers' own. logits are raw.
 
     Raises:
         InputError: anything that `prepare_inputs` or the method would refuse, or a prompt and reply longer than the
@@ -184,6 +220,11 @@ def generate(
         max_new_tokens = forced_tokens.shape[1]
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if num_return_sequences < 1 or (num_return_sequences > 1 and not (do_sample or forced_tokens is not None)):
+        raise InputError(
+            f"num_return_sequences={num_return_sequences} needs do_sample=True, or all would be the same; beams run under "
+            "the context: with method(model): model.generate(num_beams=...)."
+        )
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in inputs.items() if isinstance(value, Tensor)}
     method.prepare(adapter.n_layers, adapter.n_heads, device)
@@ -193,14 +234,20 @@ def generate(
             f"{adapter.max_length}: shorten the prompt or lower max_new_tokens."
         )
     ends = _as_list(adapter.eos_token_ids if eos_token_id is None else eos_token_id) if forced_tokens is None else []
-    choose = _chooser(do_sample, temperature, top_k, top_p, seed, device)
-    prompt = method.embed(adapter, inputs)
+    choose = _chooser(do_sample, temperature, top_k, top_p, repetition_penalty, seed, device)
+    stop = None if stopping_criteria is None or forced_tokens is not None else _stopper(stopping_criteria)
+    prompt, ids = method.embed(adapter, inputs), inputs["input_ids"]
+    if num_return_sequences > 1:
+        rows = torch.arange(ids.shape[0], device=device).repeat_interleave(num_return_sequences)
+        prompt, ids = replace(prompt.select(rows), embeds=prompt.embeds[rows]), ids[rows]
     recorder = _Recorder()
     runner = method.runner(adapter, prompt, max_new_tokens)
 
-    ids, alive = inputs["input_ids"], torch.ones(prompt.types.shape[0], dtype=torch.bool, device=device)
+    alive = torch.ones(prompt.types.shape[0], dtype=torch.bool, device=device)
     ending = torch.tensor(ends, device=device, dtype=torch.long)
     tokens, valid, all_logits = [], [], []
+    if streamer is not None:
+        streamer.put(ids.cpu())
     logits = runner.prefill()
     for step in range(max_new_tokens):
         recorder.step(runner)
@@ -211,12 +258,18 @@ def generate(
         tokens.append(token)
         valid.append(alive)
         ids = torch.cat((ids, token[:, None]), dim=1)
+        if streamer is not None:
+            streamer.put(token.cpu())
         if ends:
             alive = alive & ~torch.isin(token, ending)
-            if not bool(alive.any()):
-                break
+        if stop is not None:
+            alive = alive & ~stop(ids, logits)
+        if (ends or stop is not None) and not bool(alive.any()):
+            break
         if step + 1 < max_new_tokens:
             logits = runner.decode(token)
+    if streamer is not None:
+        streamer.end()
     valid_steps = torch.stack(valid, 1)
     return GenerationOutput(
         sequences=ids, new_tokens=torch.stack(tokens, 1), lengths=valid_steps.sum(-1),

@@ -1,13 +1,17 @@
 """Pruning under stock transformers: hooks on one model instance, put on and taken off by a context manager.
 
 Nothing global is patched. Greedy, beams, sampling, stopping criteria and streaming are transformers' own; the hooks
-change what layers >= P receive. With a cache the prompt's kept image tokens lie in it least important first, then the
-text, so that dropping more of them later cuts the front of those layers' keys and values. Beam search reorders the
-pruning state with the cache.
+change what layers >= P receive. The prompt's rows run in the prompt's order, so that causality needs no mask of its own
+(flash attention takes none) and logits read as usual. In the cache the kept image tokens then lie least important
+first, before the text, so that dropping more of them later cuts the front of those layers' keys and values. Beam search
+reorders the pruning state with the cache.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +20,10 @@ from torch import Tensor
 from . import masks
 from .attention import image_scores, row_attention, shares_by_type
 from .errors import InputError
+from .layout import gather_columns
 from .masks import PAD, RES
 from .methods.base import Method, PruneState
-from .models import Adapter, Prompt, check_prompt, model_info
+from .models import Adapter, Prompt
 
 _STATE = "_dyrate_pruning"  # on a cache: the pruning of the batch it belongs to
 
@@ -28,14 +33,13 @@ class _CachedPruning:
 
     def __init__(self, prompt: Prompt, state: PruneState) -> None:
         self.prompt, self.state = prompt, state
-        self.text: Tensor | None = None  # [B, text slots] bool
+        self.text: Any = None  # [B, text slots] bool, once layer P was reached
+        self.padded = False  # whether a slot of `text` holds no token
         self.first: dict[int, int] = {}  # slots already cut from the front of a layer's cache
 
     def select(self, index: Tensor) -> None:
         self.state.select(index)
-        for key in ("types", "position_ids", "image_index", "content_key"):
-            value = getattr(self.prompt, key)
-            setattr(self.prompt, key, value.index_select(0, index.to(value.device)))
+        self.prompt = self.prompt.select(index)
         self.text = self.text.index_select(0, index.to(self.text.device))
 
 
@@ -67,8 +71,7 @@ class StockPruning:
 
     Raises:
         InputError: on entering, if the method does not fit the model or another pruning is on; in a forward pass, for
-            inputs that cannot be pruned (several pictures in a prompt, several new tokens on a filled cache, a static
-            cache, flash attention).
+            inputs that cannot be pruned (several new tokens on a filled cache, a static cache).
     """
 
     def __init__(self, model: Any, method: Method) -> None:
@@ -76,8 +79,9 @@ class StockPruning:
         self.kept: list[Tensor] = []
         self._handles: list[Any] = []
         self._use_cache: Any = None
-        self._now: _CachedPruning | None = None
-        self._ids: dict[str, Any] = {}
+        self._now: Any = None  # the batch of the pass that runs
+        self._ids: Tensor | None = None
+        self._pictures: dict[str, Any] = {}
 
     def __enter__(self) -> StockPruning:
         if getattr(self.model, _STATE, False):
@@ -85,41 +89,89 @@ class StockPruning:
         device = next(self.model.parameters()).device
         self.layer = self.method.prepare(self.adapter.n_layers, self.adapter.n_heads, device)
         implementation = self.adapter.text_config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
+        self._implementation = "flash" if "flash" in implementation else implementation
+        if self._implementation not in ("sdpa", "eager", "flash"):
             raise InputError(
-                f"Attention {implementation!r} takes no mask of its own: load the model with 'sdpa' or 'eager'."
+                f"Attention {implementation!r} is not supported under pruning: load the model with 'sdpa', 'eager' or "
+                "'flash_attention_2'."
+            )
+        if self._implementation == "flash" and self.method.reversible:
+            raise InputError(
+                f"{type(self.method).__name__}(reversible=True) reads the prompt under a mask of its own, which flash "
+                "attention does not take: load the model with 'sdpa' or 'eager'."
             )
         setattr(self.model, _STATE, True)
         self.kept.clear()
-        if self.layer < self.adapter.n_layers:
-            layers, add = self.adapter.layers, self._handles.append
-            add(self.adapter.core.register_forward_pre_hook(self._before_model, with_kwargs=True))
-            add(self.adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True))
-            add(layers[self.layer - 1].self_attn.register_forward_hook(self._after_feature_layer, with_kwargs=True))
-            for index in range(self.layer, self.adapter.n_layers):
-                add(layers[index].register_forward_pre_hook(self._before_layer(index), with_kwargs=True))
-            add(self.adapter.norm.register_forward_pre_hook(self._before_norm))
-        if self.method.refresh:
-            self._use_cache = self.model.generation_config.use_cache
-            self.model.generation_config.use_cache = False
+        self._use_cache = self.model.generation_config.use_cache
+        try:
+            self._keep_pictures_with_rows()
+            if self.layer < self.adapter.n_layers:
+                self._register(self._handles.append)
+                self._watch_pictures()
+            if self.method.refresh:
+                self.model.generation_config.use_cache = False
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _register(self, add: Callable[[Any], None]) -> None:
+        """Put the hooks on, handing each one's handle to `add`."""
+        layers = self.adapter.layers
+        add(self.adapter.core.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        add(self.adapter.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True))
+        add(layers[self.layer - 1].self_attn.register_forward_hook(self._after_feature_layer, with_kwargs=True))
+        for index in range(self.layer, self.adapter.n_layers):
+            add(layers[index].register_forward_pre_hook(self._before_layer(index), with_kwargs=True))
+            add(layers[index].register_forward_hook(self._after_layer(index), with_kwargs=True))
 
     def __exit__(self, *exc: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        vars(self.adapter.core).pop("get_image_features", None)
+        vars(self.model).pop("_expand_inputs_for_generation", None)
         if self.method.refresh:
             self.model.generation_config.use_cache = self._use_cache
         delattr(self.model, _STATE)
-        self._now, self._ids = None, {}
+        self._now, self._ids, self._pictures = None, None, {}
 
     # -- what a forward pass is ----------------------------------------------------------------------------------
 
+    def _keep_pictures_with_rows(self) -> None:
+        """Where `generate` repeats rows (beams, several sequences), repeat all pictures of a row before those of the next.
+
+        transformers 5.17 repeats picture by picture, so that prompts with several pictures get each other's.
+        """
+        expand, adapter = self.model._expand_inputs_for_generation, self.adapter
+
+        def by_rows(expand_size: int = 1, input_ids: Tensor | None = None, **inputs: Any) -> Any:
+            pictures = {}
+            if expand_size > 1 and adapter.pictures_in_rows and inputs.get("pixel_values") is not None:
+                pictures = adapter.repeat_pictures({**inputs, "input_ids": input_ids}, expand_size)
+            ids, expanded = expand(expand_size=expand_size, input_ids=input_ids, **inputs)
+            return ids, {**expanded, **pictures}
+
+        self.model._expand_inputs_for_generation = by_rows
+
+    def _watch_pictures(self) -> None:
+        """Note the pictures where they are encoded: in the forward pass, or (transformers 5.18 on) before, in `generate`."""
+        encode = self.adapter.core.get_image_features
+
+        names = list(inspect.signature(encode).parameters)
+
+        @functools.wraps(encode)  # transformers asks for its signature
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            features = encode(*args, **kwargs)
+            rows = sum(len(feature) for feature in features.pooler_output)
+            self._pictures = {**dict(zip(names, args, strict=False)), **kwargs, "rows": rows}
+            return features
+
+        self.adapter.core.get_image_features = get_image_features
+
     def _before_model(self, module: Any, args: tuple, kwargs: dict) -> None:
-        """Note ids and pixels: the language model sees embeddings only, and types come from ids."""
-        if args:
-            kwargs = {**dict(zip(("input_ids", "pixel_values", "attention_mask"), args, strict=False)), **kwargs}
-        self._ids = {key: kwargs.get(key) for key in ("input_ids", "pixel_values")}
+        """Note the ids: the language model sees embeddings only, and types come from ids."""
+        self._ids = kwargs.get("input_ids", args[0] if args else None)
 
     def _before_language_model(self, module: Any, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
@@ -144,27 +196,45 @@ class StockPruning:
     def _start(
         self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any
     ) -> _CachedPruning:
-        ids = self._ids.get("input_ids")
+        ids = self._ids
         if ids is None:
             raise InputError("Pruning needs input_ids to know where the picture is; inputs_embeds alone do not tell.")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise InputError("Pruning needs a 2-D attention_mask; static and compiled caches prepare another kind.")
         mask = None if attention_mask is None else attention_mask[:, : ids.shape[1]]
         adapter = self.adapter
-        pictures = self._ids.get("pixel_values")
-        check_prompt(ids, mask, pictures, adapter.image_token_id, adapter.max_length, model_info(self.model))
-        prompt = adapter.layout(ids, mask, pictures, embeds)
+        pictures, times = self._pictures_of(ids)
+        once = {"input_ids": ids[::times], "attention_mask": None if mask is None else mask[::times], **pictures}
+        prompt = adapter.layout(once, embeds)
+        if times > 1:
+            prompt = prompt.select(torch.arange(len(ids) // times).repeat_interleave(times))
         if position_ids is not None:
-            prompt.position_ids = position_ids.expand_as(prompt.types)
-        state = PruneState(
-            self.method, self.layer, adapter.n_layers, prompt.types, prompt.image_index, prompt.content_key
-        )
-        pruning = _CachedPruning(prompt, state)
+            prompt.position_ids = adapter.stock_positions(position_ids, prompt.types)
+        pruning = self._pruning(prompt)
         if cache is not None:
             if any(hasattr(entry, "max_cache_len") for entry in cache.layers):
                 raise InputError("A static cache cannot shrink: use the default (dynamic) cache under pruning.")
             setattr(cache, _STATE, pruning)
         return pruning
+
+    def _pruning(self, prompt: Prompt) -> Any:
+        """What a new batch carries with its cache."""
+        types, index, key = prompt.types, prompt.image_index, prompt.content_key
+        return _CachedPruning(prompt, PruneState(self.method, self.layer, self.adapter.n_layers, types, index, key))
+
+    def _pictures_of(self, ids: Tensor) -> tuple[dict[str, Any], int]:
+        """The pictures behind a batch as they were given to the model, and how many times in a row `generate` repeated
+        each prompt after encoding them."""
+        total = int((ids == self.adapter.image_token_id).sum())
+        if not total:
+            return {}, 1
+        rows = self._pictures.get("rows", 0)
+        if not rows or total % rows or ids.shape[0] % (total // rows):
+            raise InputError(
+                f"The prompts hold {total} image tokens, but the pictures encoded under pruning give {rows}: give each "
+                "picture one <image> placeholder and pass its pixel_values inside the context."
+            )
+        return {key: self._pictures.get(key) for key in self.adapter.inputs}, total // rows
 
     # -- layer P - 1 tells, layers >= P obey ---------------------------------------------------------------------
 
@@ -197,29 +267,45 @@ class StockPruning:
 
         return hook
 
+    def _after_layer(self, index: int) -> Any:
+        def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+            """The prompt's rows are in the cache: from their order there to the order of slots."""
+            cache = kwargs.get("past_key_values")
+            if self._prefilling and cache is not None:
+                layer, places = cache.layers[index], torch.argsort(self._slots, dim=-1)
+                layer.keys, layer.values = _pick(layer.keys, places), _pick(layer.values, places)
+
+        return hook
+
     def _prefill_layer(self, index: int, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
+        """The rows that stay, in the prompt's order, padding first; `_slots` says which slot each is."""
         now, state = self._now, self._now.state
         n = state.slots[index]
         if index == self.layer:
-            self._columns, self._occupied = state.tail()
-            now.text = self._occupied[:, n:]
+            columns, occupied = state.tail()
+            now.text = occupied[:, n:]
+            now.padded = not bool(now.text.all())
+            self._slots = torch.argsort(torch.where(occupied, columns, -1), dim=-1, stable=True)
+            self._columns = torch.gather(columns, 1, self._slots)
             hidden = torch.gather(hidden, 1, self._columns[..., None].expand(-1, -1, hidden.shape[-1]))
-            self._positions = torch.gather(now.prompt.position_ids, 1, self._columns)
             cache = kwargs.get("past_key_values")
             if cache is not None:
                 while len(cache.layers) <= index:
                     cache.layers.append(cache.layer_class_to_replicate())
                 _follow_reordering(cache.layers[index], now)
         drop = hidden.shape[1] - n - now.text.shape[1]
-        if drop:  # a deeper layer keeps fewer
-            hidden = hidden[:, drop:]
-        self._drop = self._columns.shape[1] - hidden.shape[1]
-        positions = self._positions[:, self._drop :]
-        readable = torch.cat((state.slot_reads(index), now.text), dim=1)
-        allowed = masks.causal_allowed(self._columns[:, self._drop :], readable)
+        if drop:  # a deeper layer keeps fewer: the lowest slots leave
+            stays = self._slots >= drop
+            hidden = hidden[stays].view(hidden.shape[0], -1, hidden.shape[-1])
+            self._columns = self._columns[stays].view(hidden.shape[0], -1)
+            self._slots = self._slots[stays].view(hidden.shape[0], -1) - drop
+        positions = gather_columns(now.prompt.position_ids, self._columns)
+        readable = torch.cat((state.slot_reads(index), now.text), dim=1).gather(1, self._slots)
+        everything = state.uniform(index) and not now.padded
         return hidden, {
-            "attention_mask": _additive(allowed, hidden.dtype),
-            "position_ids": positions,
+            "attention_mask": self._mask(readable, everything, hidden.dtype, self._columns),
+            # flash attention would read gaps in the positions as borders between packed sequences
+            "position_ids": None if self._implementation == "flash" else positions,
             "position_embeddings": self.adapter.rotary(positions, hidden),
         }
 
@@ -232,16 +318,26 @@ class StockPruning:
             now.first[index] = start
         readable = torch.cat((state.slot_reads(index)[:, now.first.get(index, 0) :], now.text), dim=1)
         readable = torch.nn.functional.pad(readable, (0, layer.keys.shape[2] + 1 - readable.shape[1]), value=True)
-        return hidden, {"attention_mask": _additive(readable[:, None, None], hidden.dtype)}
+        everything = state.uniform(index) and not now.padded
+        return hidden, {"attention_mask": self._mask(readable, everything, hidden.dtype)}
 
-    def _before_norm(self, module: Any, args: tuple) -> tuple | None:
-        """Give the rows that are left back in the prompt's order, padding first, so that logits read as usual."""
-        if not self._prefilling:
+    def _mask(self, readable: Tensor, everything: bool, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor | None:
+        """The mask as the model's attention takes it; readable [B, entries] bool, columns [B, entries] of the prompt's rows.
+
+        Flash attention takes which entries are read by all rows, or nothing; the others a sum over single pairs. None
+        stands for all, causally, but not to eager attention.
+        """
+        if everything and (self._implementation != "eager" or columns is None):
             return None
-        hidden = args[0]
-        columns, occupied = self._columns[:, self._drop :], self._occupied[:, self._drop :]
-        order = torch.argsort(torch.where(occupied, columns, -1), dim=-1, stable=True)
-        return (torch.gather(hidden, 1, order[..., None].expand(-1, -1, hidden.shape[-1])),)
+        if self._implementation == "flash":
+            return readable
+        allowed = readable[:, None, None] if columns is None else masks.causal_allowed(columns, readable)
+        return _additive(allowed, dtype)
+
+
+def _pick(entries: Tensor, places: Tensor) -> Tensor:
+    """Keys or values [B, heads, T, d] in the order of `places` [B, T]."""
+    return torch.gather(entries, 2, places[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[3]))
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,14 +40,17 @@ def prepare_inputs(
 ) -> dict[str, Tensor]:
     """Pictures and full chat prompts to a left-padded batch.
 
-    images: one PIL picture (or path, or bytes) a prompt, None for a text-only prompt, or None for none at all.
-    Returns input_ids and attention_mask [B, T] int64, pixel_values [pictures, 3, h, w] float32 if there are pictures.
+    images: for each prompt a PIL picture (or path, or bytes), a list of several, or None for a text-only prompt; or None
+    for none at all.
+    Returns input_ids and attention_mask [B, T] int64 and, if there are pictures, what the model's family takes them in:
+    pixel_values [pictures, 3, h, w] float32 for LLaVA-1.5 (see the adapters for the others).
 
     Raises:
-        InputError: not an image; no or several `<image>` placeholders where one picture is given; a placeholder without
-            a picture; a prompt longer than `max_length` tokens.
+        InputError: not an image; placeholders (`<image>`, or the processor's own) and pictures that do not match in
+            number, prompt by prompt; a prompt longer than `max_length` tokens.
     """
     from .images import load_image
+    from .models import families
 
     images = list(images) if images is not None else [None] * len(prompts)
     if not prompts:
@@ -57,20 +60,26 @@ def prepare_inputs(
             f"{len(images)} images for {len(prompts)} prompts: pass one for each, None for a text-only prompt."
         )
     token = getattr(processor, "image_token", "<image>")
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        found, wanted = prompt.count(token), int(image is not None)
+    rows = [list(image) if isinstance(image, list | tuple) else [] if image is None else [image] for image in images]
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        found, wanted = prompt.count(token), len(row)
         if found != wanted:
             raise InputError(
-                f"Prompt {i} holds {found} {token} placeholder(s) but {wanted} picture(s): write {token} once where the "
+                f"Prompt {i} holds {found} {token} placeholder(s) but {wanted} picture(s): write {token} once where each "
                 "picture belongs (chat_prompt() does), and none in a text-only prompt."
             )
-    pictures = [load_image(image) for image in images if image is not None]
+    pictures: list = [[load_image(image) for image in row] for row in rows]
+    by_prompt = hasattr(processor, "image_seq_len")  # Idefics3 and SmolVLM; the others take all pictures in one list
+    if not by_prompt:
+        pictures = [picture for row in pictures for picture in row]
     processor.tokenizer.padding_side = "left"
-    batch = processor(images=pictures or None, text=prompts, padding=True, return_tensors="pt")
+    batch = processor(images=pictures if any(rows) else None, text=prompts, padding=True, return_tensors="pt")
     length = batch["input_ids"].shape[1]
     if max_length is not None and length > max_length:
         raise InputError(f"The longest prompt has {length} tokens, more than the {max_length} allowed: shorten it.")
-    keys = ("input_ids", "attention_mask", "pixel_values")
+    keys = ["input_ids", "attention_mask", *dict.fromkeys(key for family in families() for key in family.inputs)]
+    if "image_grid_thw" in batch:
+        keys.append("mm_token_type_ids")  # from which stock transformers makes Qwen's positions
     return {key: batch[key].to(device) if device is not None else batch[key] for key in keys if key in batch}
 
 
@@ -92,13 +101,15 @@ def load_vlm(
 ) -> tuple[Any, Any]:
     """Load a VLM and its processor: `(model, processor)`, the model in eval mode.
 
-    name: "scenes-small" or "scenes-base" (shipped); a local folder in the layout of `llava-hf/llava-1.5-7b-hf`; a hub id;
+    name: "scenes-small" or "scenes-base" (shipped); a hub id, or a local folder in the hub's layout, of a supported family
+        (LLaVA-1.5 as in `llava-hf/llava-1.5-7b-hf`, LLaVA-NeXT, Qwen2.5-VL, Idefics3, SmolVLM);
         "random:llava-1.5-7b", "random:llava-1.5-13b", "random:tiny": the exact dimensions with random weights (seed 0),
         for speed and memory only, never for quality; their processor has the scenes vocabulary.
     device: None takes a GPU where there is one. dtype: None is float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
-        ResourceError: weights or GPU missing. InputError: the folder holds something else than a LLaVA model.
+        ResourceError: weights, a package that the processor needs, or a GPU missing. InputError: the folder holds a model of
+            another family.
     """
     device, dtype = _device_and_dtype(device, dtype)
     name = str(name)
@@ -112,7 +123,9 @@ def load_vlm(
 
 
 def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from .models import Adapter, families
 
     source = str(paths.checkpoints() / name) if name in SCENES else name
     looks_local = name in SCENES or name.startswith((".", "/", "~")) or Path(source).exists()
@@ -123,17 +136,20 @@ def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: s
         )
     try:
         config = AutoConfig.from_pretrained(source)
-        if config.model_type != "llava":
-            raise InputError(
-                f"{name} is a {config.model_type!r} model; LLaVA-1.5-style models (model_type 'llava') are supported."
-            )
-        model = LlavaForConditionalGeneration.from_pretrained(
+        known = [kind for family in families() for kind in family.model_types]
+        if config.model_type not in known:
+            raise InputError(f"{name} is a {config.model_type!r} model; supported are {', '.join(known)}.")
+        model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation=attn, use_safetensors=True
         )
+        Adapter(model)  # refuses decoders that no adapter knows
         processor = AutoProcessor.from_pretrained(source)
     except OSError as error:
         raise ResourceError(f"Weights or processor files of {name} could not be loaded: {error}") from error
-    if getattr(processor, "patch_size", None) is None:  # older LLaVA folders leave these to the model's config
+    except ImportError as error:  # the processors of Qwen2.5-VL and Idefics3 need torchvision
+        raise ResourceError(f"The processor of {name} needs a package that is not installed: {error}") from error
+    if config.model_type.startswith("llava") and getattr(processor, "patch_size", None) is None:
+        # older LLaVA folders leave these to the model's config
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = 1

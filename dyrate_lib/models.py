@@ -1,24 +1,44 @@
-"""The one place that knows how transformers builds a VLM.
+"""The one place that knows how transformers builds a VLM, with `families.py` beside it.
 
 Everything else in the library sees a model through `Adapter`: its layers, how a layer makes queries, keys and values,
-how it ends, and how a batch of prompts and pictures becomes embeddings with a type for every token.
+how it ends, and how a batch of prompts and pictures becomes embeddings with a type for every token. The base holds what
+all LLaMA-like decoders share, and LLaVA-1.5's pictures; a further family is one subclass in `families.py` that says where
+its parts are, how many tokens a picture has and what it costs (CONTRIBUTING.md tells how).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .clip_tower import ClipTower
 from .errors import InputError
-from .masks import IMG, INS, PAD, SYS
+from .layout import (
+    Prompt,
+    check_batch,
+    content_key,
+    image_columns,
+    picture_numbers,
+    picture_owners,
+    token_types,
+)
+from .masks import PAD
+
+# decoders whose layers are built like LLaMA's: pre-norm, q/k/v/o projections with or without biases, full rotary, gated MLP
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The dimensions that token counts, FLOPs and bytes depend on. All counts are plain integers."""
+    """The dimensions that token counts, FLOPs and bytes depend on. All counts are plain integers.
+
+    n_image_tokens: tokens of a picture, 0 in families where that depends on the picture; what the vision side of these
+    costs is counted prompt by prompt (`Prompt.vision_flops`), not from these dimensions.
+    """
 
     name: str
     n_layers: int
@@ -40,92 +60,50 @@ class ModelInfo:
     feature_dim: int
 
 
-@dataclass
-class Prompt:
-    """A batch of prompts as the language model sees it.
+class Adapter(ClipTower):
+    """A VLM as the library uses it: layers, rotary embedding, head, and prompts as embeddings.
 
-    embeds: [B, T, D]; types: [B, T] int64 (PAD, SYS, IMG, INS of `masks`); position_ids: [B, T] int64, 0 on padding;
-    image_index: [B, N] int64, the column of every image token in order, -1 where a row has fewer than N;
-    content_key: [B] int64, a number made from the row's own ids and pixels, the same in any batch.
-    """
+    `Adapter(model)` gives the adapter of the model's family. This class is that of LLaVA-1.5, and the base of the others.
 
-    embeds: Tensor
-    types: Tensor
-    position_ids: Tensor
-    image_index: Tensor
-    content_key: Tensor
-
-    @property
-    def n_image(self) -> Tensor:
-        """[B] int64: image tokens in each row."""
-        return (self.types == IMG).sum(-1)
-
-    @property
-    def length(self) -> Tensor:
-        """[B] int64: prompt tokens in each row, image tokens counted, padding not."""
-        return (self.types != PAD).sum(-1)
-
-
-def token_types(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> Tensor:
-    """Type of every prompt token by its position: [B, T] int64 of PAD, SYS, IMG, INS.
-
-    SYS is all before the (first) picture, INS all after it that is not a picture. A row without a picture is all INS.
-    """
-    image = input_ids == image_token_id
-    real = torch.ones_like(image) if attention_mask is None else attention_mask.bool()
-    image = image & real
-    seen = image.long().cumsum(-1) > 0
-    has_image = image.any(-1, keepdim=True)
-    types = torch.where(seen | ~has_image, INS, SYS)
-    types = torch.where(image, IMG, types)
-    return torch.where(real, types, PAD)
-
-
-def image_columns(types: Tensor) -> Tensor:
-    """Columns of the image tokens: [B, N] int64 in order, -1 where a row has fewer than the largest N."""
-    image = types == IMG
-    n = int(image.sum(-1).max()) if image.numel() else 0
-    order = torch.argsort((~image).long(), dim=-1, stable=True)[:, :n]
-    return torch.where(torch.gather(image, 1, order), order, -1)
-
-
-def content_key(input_ids: Tensor, types: Tensor, pixel_values: Tensor | None) -> Tensor:
-    """[B] int64 made by integer arithmetic from a row's ids and its pictures' pixels: independent of the batch around it."""
-    real = types != PAD
-    n_cols = real.long().cumsum(-1) * real
-    key = (input_ids.long() * real * (n_cols * 2654435761 % 1000003)).sum(-1)
-    if pixel_values is not None and pixel_values.numel():
-        flat = (pixel_values.float() * 997).round().long().flatten(1)
-        weights = torch.arange(flat.shape[1], device=flat.device) % 8191 + 1
-        pictures = (flat * weights).sum(-1).to(key.device)
-        owners = (types == IMG).any(-1).nonzero()[:, 0]
-        if len(owners) == len(pictures):
-            key = key.index_add(0, owners, pictures)
-    return key % (2**31 - 1)
-
-
-class Adapter:
-    """A LLaVA-style model as the library uses it: layers, rotary embedding, head, and prompts as embeddings.
-
-    Works on any `LlavaForConditionalGeneration` whose language model is a LLaMA-like decoder.
+    classes, model_types: the names that transformers has for the family; inputs: what a picture comes in, beside ids and
+    mask, and needed: those that cannot be left out; pictures_in_rows: whether row k of each of them is picture k (stock
+    transformers then mixes pictures up where it repeats prompts with several of them); decoder, tower:
+    attributes of the core model that hold the language model and the vision tower.
 
     Raises:
-        InputError: the model is of a family that has no adapter.
+        InputError: the model is of a family that has no adapter, or its decoder is none that the base knows.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        if type(model).__name__ != "LlavaForConditionalGeneration":
-            raise InputError(
-                f"{type(model).__name__} is not supported: pass a LlavaForConditionalGeneration, e.g. from load_vlm()."
-            )
+    classes: ClassVar[tuple[str, ...]] = ("LlavaForConditionalGeneration",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    needed: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    pictures_in_rows: ClassVar[bool] = True
+    decoder: ClassVar[str] = "language_model"
+    tower: ClassVar[str] = "vision_tower"
+
+    def __new__(cls, model: nn.Module | None = None) -> Adapter:
+        return super().__new__(adapter_class(model) if cls is Adapter and model is not None else cls)
+
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.core: Any = model.model
-        self.language_model: Any = model.model.language_model
+        self.language_model: Any = getattr(self.core, self.decoder)
         self.layers: Any = self.language_model.layers
         self.norm: Any = self.language_model.norm
-        self.config = model.config
-        self.text_config = model.config.text_config
-        self.image_token_id = int(model.config.image_token_id)
+        self.config: Any = model.config
+        self.text_config: Any = self.config.text_config
+        self.image_token_id = int(self.config.image_token_id)
+        if self.text_config.model_type not in DECODERS:
+            raise InputError(
+                f"The language model is a {self.text_config.model_type!r}; decoders built like {', '.join(DECODERS)} are "
+                "supported."
+            )
+        kinds = getattr(self.text_config, "layer_types", None) or ("sliding_attention",)
+        if getattr(self.text_config, "sliding_window", None) and "sliding_attention" in kinds:
+            raise InputError(
+                "The language model has layers with a sliding window; pruning needs full attention in all."
+            )
 
     @property
     def n_layers(self) -> int:
@@ -153,48 +131,149 @@ class Adapter:
         pad = self.text_config.pad_token_id if pad is None else pad
         return int(pad) if pad is not None else (self.eos_token_ids[0] if self.eos_token_ids else 0)
 
-    def layout(
-        self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor | None, embeds: Tensor
-    ) -> Prompt:
-        """The batch's token types and positions, as stock `generate` sets them under left padding."""
-        types = token_types(input_ids, attention_mask, self.image_token_id)
-        position_ids = ((types != PAD).long().cumsum(-1) - 1).clamp(min=0)
-        return Prompt(embeds, types, position_ids, image_columns(types), content_key(input_ids, types, pixel_values))
+    # -- pictures and prompts: what a family overrides --------------------------------------------------------------
 
-    @torch.no_grad()
-    def embed(self, inputs: Any) -> Prompt:
-        """Run the vision tower and the projector once and put their tokens in place.
+    def picture_sizes(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Image tokens of every picture of the batch, in order."""
+        return [self.info().n_image_tokens] * inputs["pixel_values"].shape[0]
 
-        inputs: input_ids [B, T], attention_mask [B, T] or absent, pixel_values [pictures, 3, h, w] or absent.
+    def picture_crops(self, inputs: Mapping[str, Any]) -> list[int]:
+        """How many inputs of the vision tower each picture is."""
+        return [1] * len(self.picture_sizes(inputs))
+
+    def picture_pixels(self, inputs: Mapping[str, Any]) -> Tensor | Sequence[Tensor]:
+        """The pixels of every picture, whatever their shape: they only tell pictures apart."""
+        return inputs["pixel_values"]
+
+    def picture_features(self, inputs: Mapping[str, Any], dtype: torch.dtype) -> Sequence[Tensor] | Tensor:
+        """Tokens of every picture from vision tower and projector: [tokens, D] each."""
+        return self.core.get_image_features(
+            pixel_values=inputs["pixel_values"].to(dtype),
+            vision_feature_layer=self.config.vision_feature_layer,
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy,
+            return_dict=True,
+        ).pooler_output
+
+    def picture_flops(self, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """FLOPs of (vision tower, projector) for every picture, as FlopCounterMode counts them."""
+        from .accounting import vision_flops
+
+        cost = vision_flops(self.info(), self.info().n_image_tokens)
+        return [(cost["vision"], cost["projector"])] * inputs["pixel_values"].shape[0]
+
+    def positions(self, types: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Positions of the prompt's tokens (see `Prompt`), as stock `generate` sets them under left padding."""
+        return ((types != PAD).long().cumsum(-1) - 1).clamp(min=0)
+
+    def stock_positions(self, position_ids: Tensor, types: Tensor) -> Tensor:
+        """Positions as the language model was given them by stock transformers, in `Prompt`'s layout."""
+        return position_ids.expand_as(types)
+
+    def rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [B, T, head_dim], in `like`'s dtype, of positions in `Prompt`'s layout."""
+        return self.language_model.rotary_emb(like, position_ids=position_ids)
+
+    def vision_dimensions(self) -> dict[str, int]:
+        """The part of `ModelInfo` that depends on the vision side."""
+        config, vision, patches = self.config, self.config.vision_config, self.clip_patches
+        layers = config.vision_feature_layer
+        return {
+            "n_image_tokens": patches + (0 if config.vision_feature_select_strategy == "default" else 1),
+            "vision_layers": vision.num_hidden_layers,
+            "vision_hidden": vision.hidden_size,
+            "vision_mlp": vision.intermediate_size,
+            "vision_heads": vision.num_attention_heads,
+            "vision_tokens": patches + 1,
+            "patch": vision.patch_size,
+            "image_size": vision.image_size,
+            "projector_hidden": self.text_config.hidden_size,
+            "feature_dim": vision.hidden_size * (1 if isinstance(layers, int) else len(layers)),
+        }
+
+    # -- the model and a batch --------------------------------------------------------------------------------------
+
+    def info(self) -> ModelInfo:
+        """The model's dimensions, read from its config."""
+        model, text = self.model, self.text_config
+        return ModelInfo(
+            name=getattr(model, "dyrate_name", getattr(self.config, "_name_or_path", "") or type(model).__name__),
+            n_layers=text.num_hidden_layers,
+            n_heads=text.num_attention_heads,
+            n_kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            hidden=text.hidden_size,
+            mlp=text.intermediate_size,
+            vocab=text.vocab_size,
+            **self.vision_dimensions(),
+        )
+
+    def check(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Refuse a batch that the model would misread, before any work. Returns the row of every picture.
 
         Raises:
-            InputError: ids, pictures and placeholders do not fit, or the prompt is longer than the model's context.
+            InputError: wrong shapes, right padding, a prompt longer than the context, placeholders and pictures that do
+                not fit, or inputs that the family takes in another form.
         """
-        input_ids = inputs["input_ids"]
-        pixel_values = inputs.get("pixel_values")
-        attention_mask = inputs.get("attention_mask")
-        check_prompt(
-            input_ids, attention_mask, pixel_values, self.image_token_id, self.max_length, model_info(self.model)
-        )
-        embeds = self.core.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            features = self.core.get_image_features(
-                pixel_values=pixel_values.to(embeds.dtype),
-                vision_feature_layer=self.config.vision_feature_layer,
-                vision_feature_select_strategy=self.config.vision_feature_select_strategy,
-                return_dict=True,
-            ).pooler_output
-            features = torch.cat(list(features), dim=0).to(embeds.dtype)
-            embeds = embeds.masked_scatter((input_ids == self.image_token_id).unsqueeze(-1), features)
-        return self.layout(input_ids, attention_mask, pixel_values, embeds)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        check_batch(ids, mask, self.max_length)
+        image = ids == self.image_token_id
+        if mask is not None and bool((image & ~mask.bool()).any()):
+            raise InputError("attention_mask hides image tokens: padding must not hold picture placeholders.")
+        has_pixels = inputs.get("pixel_values") is not None
+        missing = [key for key in self.needed if has_pixels and inputs.get(key) is None]
+        if missing:
+            raise InputError(f"{', '.join(missing)} is missing: pass all that the processor returned for the pictures.")
+        sizes = self.picture_sizes(inputs) if has_pixels else []
+        return picture_owners(image.sum(-1).tolist(), sizes)
+
+    def repeat_pictures(self, inputs: Mapping[str, Any], times: int) -> dict[str, Tensor]:
+        """What the pictures come in for a batch whose every row stands `times` in a row. For `pictures_in_rows` only."""
+        owners = self.check(inputs)
+        order = [
+            k for row in sorted(set(owners)) for _ in range(times) for k, owner in enumerate(owners) if owner == row
+        ]
+        return {key: inputs[key][order] for key in self.inputs}
+
+    def layout(self, inputs: Mapping[str, Any], embeds: Tensor) -> Prompt:
+        """Types, positions and pictures of a batch whose embeddings are there. Errors as `check`."""
+        ids, has_pixels = inputs["input_ids"], inputs.get("pixel_values") is not None
+        owners = self.check(inputs)
+        types = token_types(ids, inputs.get("attention_mask"), self.image_token_id)
+        columns = image_columns(types)
+        sizes = self.picture_sizes(inputs) if has_pixels else []
+        cost = [[0, 0] for _ in range(types.shape[0])]
+        for owner, parts in zip(owners, self.picture_flops(inputs) if has_pixels else [], strict=True):
+            cost[owner] = [so_far + part for so_far, part in zip(cost[owner], parts, strict=True)]
+        return Prompt(
+            embeds=embeds, types=types, position_ids=self.positions(types, inputs), image_index=columns,
+            content_key=content_key(ids, types, self.picture_pixels(inputs) if has_pixels else (), owners),
+            picture_index=picture_numbers(owners, sizes, columns),
+            vision_flops=torch.tensor(cost, dtype=torch.long, device=types.device),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def embed(self, inputs: Mapping[str, Any]) -> Prompt:
+        """Run the vision tower and the projector once and put their tokens in place.
+
+        inputs: input_ids [B, T], attention_mask [B, T] or absent, and what the family's processor makes of pictures
+        (`Adapter.inputs`; LLaVA-1.5: pixel_values [pictures, 3, h, w]), absent where there are none.
+
+        Raises:
+            InputError: as `check`.
+        """
+        self.check(inputs)
+        embeds = self.embed_tokens(inputs["input_ids"])
+        if inputs.get("pixel_values") is not None:
+            features = torch.cat(list(self.picture_features(inputs, embeds.dtype)), dim=0).to(embeds.dtype)
+            places = (inputs["input_ids"] == self.image_token_id).unsqueeze(-1)
+            embeds = embeds.masked_scatter(places, features)
+        return self.layout(inputs, embeds)
+
+    # -- the decoder: shared by all families ------------------------------------------------------------------------
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """[..] ids to [.., D] embeddings."""
         return self.core.get_input_embeddings()(ids)
-
-    def rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [B, T, head_dim], in `like`'s dtype."""
-        return self.language_model.rotary_emb(like, position_ids=position_ids)
 
     def project(
         self, index: int, normed: Tensor, rotary: tuple[Tensor, Tensor], what: str = "qkv"
@@ -227,70 +306,26 @@ class Adapter:
         return self.model.lm_head(self.norm(x))
 
 
+def adapter_class(model: nn.Module) -> type[Adapter]:
+    """The adapter of a model's family. Raises InputError where there is none."""
+    name = type(model).__name__
+    found = next((family for family in families() if name in family.classes), None)
+    if found is None:
+        known = ", ".join(known for family in families() for known in family.classes)
+        raise InputError(f"{name} is not supported: pass a model from load_vlm(), or one of {known}.")
+    return found
+
+
+def families() -> tuple[type[Adapter], ...]:
+    """The adapters of all supported families."""
+    from .families import FAMILIES
+
+    return FAMILIES
+
+
 def model_info(model: nn.Module) -> ModelInfo:
-    """The model's dimensions (see `ModelInfo`), read from its config."""
-    config = model.config
-    text, vision = config.text_config, config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    cls = 0 if config.vision_feature_select_strategy == "default" else 1
-    n_features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    return ModelInfo(
-        name=getattr(model, "dyrate_name", getattr(config, "_name_or_path", "") or type(model).__name__),
-        n_layers=text.num_hidden_layers,
-        n_heads=text.num_attention_heads,
-        n_kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        hidden=text.hidden_size,
-        mlp=text.intermediate_size,
-        vocab=text.vocab_size,
-        n_image_tokens=patches + cls,
-        vision_layers=vision.num_hidden_layers,
-        vision_hidden=vision.hidden_size,
-        vision_mlp=vision.intermediate_size,
-        vision_heads=vision.num_attention_heads,
-        vision_tokens=patches + 1,
-        patch=vision.patch_size,
-        image_size=vision.image_size,
-        projector_hidden=text.hidden_size,
-        feature_dim=vision.hidden_size * n_features,
-    )
+    """The model's dimensions (see `ModelInfo`), read from its config. Raises InputError for an unsupported family."""
+    return Adapter(model).info()
 
 
-def check_prompt(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    pixel_values: Tensor | None,
-    image_token_id: int,
-    max_length: int,
-    info: ModelInfo,
-) -> None:
-    """Refuse a batch that the model would misread, before any work.
-
-    Raises:
-        InputError: wrong shapes, right padding, placeholders without pictures or the reverse, several pictures in one
-            prompt, or a prompt longer than the context.
-    """
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise InputError(
-            f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(input_ids.shape)}."
-        )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ in shape."
-        )
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        raise InputError("The batch is padded on the right; set processor.tokenizer.padding_side = 'left' to generate.")
-    if input_ids.shape[1] > max_length:
-        raise InputError(
-            f"The prompt has {input_ids.shape[1]} tokens, image tokens counted, "
-            f"the model's context {max_length}: shorten the prompt."
-        )
-    per_row = (input_ids == image_token_id).sum(-1)
-    pictures = 0 if pixel_values is None else pixel_values.shape[0]
-    if int(per_row.sum()) != pictures * info.n_image_tokens:
-        raise InputError(
-            f"{pictures} picture(s) need {pictures * info.n_image_tokens} image tokens, the prompts hold {int(per_row.sum())}: "
-            "give each picture one <image> placeholder, and each placeholder a picture."
-        )
-    if int(per_row.max()) > info.n_image_tokens:
-        raise InputError("A prompt holds several pictures; one picture a prompt is supported.")
+__all__ = ["Adapter", "ModelInfo", "Prompt", "adapter_class", "families", "image_columns", "model_info", "token_types"]

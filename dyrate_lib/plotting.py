@@ -1,8 +1,8 @@
 """One look for all figures and tables: widths of a two-column paper, one colour a method, the same bytes every time.
 
-Colours are Okabe and Ito's (doi 10.1038/nmeth.1618), told apart under the common colour blindnesses; methods differ in
-marker and line style too. PDFs embed their fonts (Type 42) and hold no date, so a redraw changes a file only when its
-content changed.
+Colours are Okabe and Ito's (doi 10.1038/nmeth.1618) and Paul Tol's muted ones, told apart under the common colour
+blindnesses; methods differ in marker too, and by line style in where they cut: dashed at layers, dotted before the LLM.
+PDFs embed their fonts (Type 42) and hold no date, so a redraw changes a file only when its content changed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 GREY = "#8C8C8C"
+# Paul Tol's muted scheme, for the methods that Okabe and Ito's eight colours do not suffice for
+INDIGO, FOREST, WINE, ROSE, OLIVE, BROWN, TEAL, MAGENTA = (
+    "#332288", "#117733", "#882255", "#CC6677", "#999933", "#661100", "#44AA99", "#AA4499",
+)  # fmt: skip
 
 # key -> (label, colour, marker, line style); the keys are those of data/paper/*.csv
 METHODS: dict[str, tuple[str, str, str, str]] = {
@@ -41,6 +45,14 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "dyrate": ("DyRate", VERMILION, "^", "-"),
     "fixed": ("Fixed rate (FP)", GREEN, "P", "--"),
     "depth": ("Depth-based (DP)", PURPLE, "*", "-."),
+    "sparsevlm": ("SparseVLM", INDIGO, "<", "--"),
+    "pyramiddrop": ("PyramidDrop", TEAL, "h", "--"),
+    "st3": ("ST3-style", MAGENTA, "d", "--"),
+    "visionzip": ("VisionZip", FOREST, ">", ":"),
+    "prumerge": ("PruMerge (fixed count)", WINE, "p", ":"),
+    "prumerge+": ("PruMerge+", ROSE, "H", ":"),
+    "divprune": ("DivPrune", OLIVE, "8", ":"),
+    "cdpruner": ("CDPruner", BROWN, "X", ":"),
 }
 COLORS = {key: entry[1] for key, entry in METHODS.items()}
 LABELS = {key: entry[0] for key, entry in METHODS.items()}

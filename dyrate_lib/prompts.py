@@ -14,15 +14,15 @@ SYSTEM_PROMPT = (
 )
 
 
-def chat_prompt(user_text: str, image: bool = True) -> str:
+def chat_prompt(user_text: str, image: bool | int = True) -> str:
     """Wrap a user's text into the full chat string that the processor expects.
 
     Args:
         user_text: what the user asks, without any template words.
-        image: put one ``<image>`` placeholder and a newline in front of the text.
+        image: put one ``<image>`` placeholder and a newline in front of the text, or as many as the number says.
 
     Returns:
         ``"{SYSTEM_PROMPT} USER: <image>\\n{user_text} ASSISTANT:"`` (without the image part if ``image`` is false).
     """
-    placeholder = f"{IMAGE_TOKEN}\n" if image else ""
+    placeholder = f"{IMAGE_TOKEN}\n" * int(image)
     return f"{SYSTEM_PROMPT} USER: {placeholder}{user_text} ASSISTANT:"

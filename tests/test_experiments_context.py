@@ -27,7 +27,7 @@ def study(tmp_path):
     [
         ({"scale": "big"}, "choose auto, smoke or full"),
         ({"records": "old"}, "committed or fresh"),
-        ({"stage": "half"}, "all or records"),
+        ({"stage": "half"}, "all, records, records:small or records:base"),
         ({"seed": -1}, "whole number"),
         ({"seed": 1.5}, "whole number"),
         ({"data": "/photos"}, "coco:/folder"),
@@ -171,7 +171,10 @@ def test_stage_records_stops_the_notebook(tmp_path):
     with pytest.raises(StageDone, match="all records are there") as caught:
         study.end_of_records()
     assert isinstance(caught.value, DyRateError) and len(caught.value._render_traceback_()) == 1
-    assert open_study("03_benchmarks", out=str(tmp_path), **TINY).end_of_records() is None
+    whole = open_study("03_benchmarks", out=str(tmp_path), **TINY)
+    assert whole.end_of_records() is None and whole.keys_asked == whole.keys
+    half = open_study("03_benchmarks", out=str(tmp_path), stage="records:small", **TINY)
+    assert half.records_only and half.keys_asked == ("small",)
 
 
 def test_output_folders(tmp_path, monkeypatch):

@@ -86,9 +86,15 @@ def test_bad_batches_are_refused(tiny, batch):
         generate(model, right, None, 2)
     with pytest.raises(InputError, match="image tokens"):
         generate(model, {k: v for k, v in batch.items() if k != "pixel_values"}, None, 2)
-    twice = {"input_ids": torch.cat((batch["input_ids"][:1],) * 2, 1), "pixel_values": batch["pixel_values"][:2]}
-    with pytest.raises(InputError, match="several pictures"):
-        generate(model, twice, None, 2)
+    ids = batch["input_ids"][:1]
+    cut = ids[:, : int((ids[0] == model.config.image_token_id).nonzero()[20])]
+    straddling = {"input_ids": torch.cat((ids, cut), 1), "pixel_values": batch["pixel_values"][:2]}
+    with pytest.raises(InputError, match="image tokens"):
+        generate(model, straddling, None, 2)
+    with pytest.raises(InputError, match="hides image tokens"):
+        generate(
+            model, {**batch, "attention_mask": (batch["input_ids"] != model.config.image_token_id).long()}, None, 2
+        )
     long = torch.full((1, 5000), 7)
     with pytest.raises(InputError, match="context"):
         generate(model, {"input_ids": long}, None, 2)
@@ -159,3 +165,85 @@ def test_weights_that_cannot_fit_are_refused_before_allocation(monkeypatch):
     monkeypatch.setattr("dyrate_lib.loading.free_memory", lambda device: 20_000_000_000)
     with pytest.raises(ResourceError, match=r"28\.\d GB .*bfloat16"):
         load_vlm("random:llava-1.5-7b", device="cpu", dtype="float32")
+
+
+def test_two_pictures_in_one_prompt(tiny, pictures):
+    """Ours == stock, the batch == each row alone, and the two pictures count as two."""
+    model, processor = tiny
+    prompts = [chat_prompt("What has changed?", image=2), chat_prompt("Describe."), chat_prompt("Hello.", image=False)]
+    rows = [pictures[:2], pictures[2], None]
+    inputs = prepare_inputs(processor, rows, prompts)
+    n = model_info(model).n_image_tokens
+    for method in (None, FastV(2, 0.5)):
+        out = generate(model, inputs, method, 5, eos_token_id=[], return_logits=True)
+        assert out.trace.n_image.tolist() == [2 * n, n, 0]
+        for row, (images, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            alone = generate(
+                model, prepare_inputs(processor, [images], [prompt]), method, 5, eos_token_id=[], return_logits=True
+            )
+            assert torch.equal(alone.new_tokens[0], out.new_tokens[row])
+            assert (alone.logits[0] - out.logits[row]).abs().max() < 1e-4
+    with FastV(2, 0.5)(model):
+        stock = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(stock, out.sequences)
+    assert out.trace.kept[:, 0].tolist() == [n, n // 2, 0]  # half of both pictures' tokens, ranked together
+    parts = [out.sample_flops(row).by_part for row in range(3)]
+    assert parts[0]["vision"] == 2 * parts[1]["vision"] > 0 and parts[2]["vision"] == 0
+    with pytest.raises(InputError, match="2 <image> placeholder.*1 picture"):
+        prepare_inputs(processor, [pictures[0]], [chat_prompt("What has changed?", image=2)])
+
+
+def test_next_loads_from_a_folder_with_its_processor(tmp_path, pictures):
+    from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
+
+    from dyrate_lib.scenes.tokenizer import build_tokenizer
+    from tests.tiny_families import FAMILIES
+
+    tokenizer = build_tokenizer()
+    config = FAMILIES["llava-next"].build().config
+    config.image_token_id, config.text_config.vocab_size = tokenizer.convert_tokens_to_ids("<image>"), len(tokenizer)
+    from transformers import LlavaNextForConditionalGeneration
+
+    LlavaNextForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    image = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 42},
+        crop_size={"height": 42, "width": 42},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    LlavaNextProcessor(
+        image, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(tmp_path / "m")
+    model, processor = load_vlm(tmp_path / "m", device="cpu")
+    rows = [pictures[:2], None, pictures[2].crop((0, 0, 40, 90))]
+    prompts = [chat_prompt("Compare.", image=2), chat_prompt("Hello.", image=False), chat_prompt("Describe.")]
+    inputs = prepare_inputs(processor, rows, prompts)
+    assert {"pixel_values", "image_sizes"} < set(inputs)
+    out = generate(model, inputs, FastV(2, 0.5), 4, eos_token_id=[])
+    with FastV(2, 0.5)(model):
+        stock = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(out.sequences, stock) and len(out.text) == 3
+    assert out.trace.n_image[1] == 0 < out.trace.n_image[2] < out.trace.n_image[0]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "idefics3", "smolvlm"])
+def test_other_families_load_by_their_model_type(name, tmp_path, monkeypatch):
+    """Their processors need torchvision, which tests do without: the model is loaded, the processor stood in for."""
+    import transformers
+
+    from tests.tiny_families import FAMILIES, model_of
+
+    model_of(name).save_pretrained(tmp_path / "m")
+
+    def missing(source):
+        raise ImportError("requires the Torchvision library")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+    with pytest.raises(ResourceError, match="package that is not installed: requires the Torchvision"):
+        load_vlm(tmp_path / "m", device="cpu")
+    from dyrate_lib.scenes.tokenizer import build_processor
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda source: build_processor())
+    loaded, _ = load_vlm(tmp_path / "m", device="cpu")
+    inputs = FAMILIES[name].inputs([((0, 1), 5)])
+    again = generate(loaded, inputs, FastV(2, 0.5), 4, eos_token_id=[])
+    assert torch.equal(again.sequences, generate(model_of(name), inputs, FastV(2, 0.5), 4, eos_token_id=[]).sequences)

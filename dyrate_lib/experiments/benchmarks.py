@@ -155,7 +155,9 @@ def compute(study: Study, models: Sequence[str] | None = None) -> list[Record]:
         found += [refreshed_fastv(study, key)] if key in refreshed_models(study) else []
         if study.on_scenes:
             found += [cell for row in question_rows(study, key) for cell in row.cells]
-    return found
+    from . import equal_budget, pruning_cost  # which build on this module
+
+    return found + equal_budget.compute(study, keys) + pruning_cost.compute(study)
 
 
 def row_by_key(rows: Sequence[Row], key: str) -> Row:

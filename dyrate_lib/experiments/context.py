@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .. import paths
@@ -42,6 +41,7 @@ ROLE_LABELS = {
     "coco": "scenes short, test (as COCO2017)", "nocaps": "scenes short, unseen pairs (as Nocaps)",
     "flickr30k": "scenes narrative, test (as Flickr30k)", "late": "scenes late, test", "questions": "scenes questions, test",
 }  # fmt: skip
+STAGES = ("all", "records", "records:small", "records:base")
 MODEL_ROLES = {"small": "7B", "base": "13B"}
 
 
@@ -68,6 +68,7 @@ class Study(StudyOutput):
     scores_store: Store
     progress: bool = True
     _models: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict, repr=False)
+    _infos: dict[str, ModelInfo] = dataclasses.field(default_factory=dict, repr=False)
     _datasets: dict[tuple, CaptionDataset] = dataclasses.field(default_factory=dict, repr=False)
     _ids: dict[str, list[str]] = dataclasses.field(default_factory=dict, repr=False)
     _read: dict[str, Record] = dataclasses.field(default_factory=dict, repr=False)
@@ -82,7 +83,13 @@ class Study(StudyOutput):
     @property
     def records_only(self) -> bool:
         """Whether to stop once the records are there."""
-        return self.stage == "records"
+        return self.stage.startswith("records")
+
+    @property
+    def keys_asked(self) -> tuple[str, ...]:
+        """The models whose records to make sure of: all, or the one that stage = "records:small" or "records:base" names."""
+        one = self.stage.partition(":")[2]
+        return (one,) if one else self.keys
 
     @property
     def on_scenes(self) -> bool:
@@ -139,9 +146,15 @@ class Study(StudyOutput):
         folder = self.weights(key)
         if not folder:
             return model_info(self.model(key)[0])
-        from transformers import AutoConfig
+        import torch
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
-        return model_info(SimpleNamespace(config=AutoConfig.from_pretrained(str(folder[0])), dyrate_name=name))  # type: ignore[arg-type]
+        if name not in self._infos:
+            with torch.device("meta"):  # the model's shape alone
+                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(folder[0])))
+            model.dyrate_name = name
+            self._infos[name] = model_info(model)
+        return self._infos[name]
 
     def weights(self, key: str) -> list[Path]:
         """The folder of the model's weights, whose content enters the keys of records; [] for a hub id or random weights."""
@@ -351,7 +364,8 @@ def open_study(
 
     scale: smoke, full, or auto (full where there is a GPU). records: "committed" reads data/results and computes what is
     missing, except at full scale without a GPU, where missing records are an error; "fresh" reads nothing committed.
-    out: folder for figures, tables and new records, "" is build/. stage: "all", or "records" to stop when those are there.
+    out: folder for figures, tables and new records, "" is build/. stage: "all", or "records" to stop when those are there;
+    "records:small" and "records:base" make those of one model only, so that two GPUs share the work in one folder.
 
     Raises:
         InputError: a value that is none of the known ones, before anything runs.
@@ -359,9 +373,9 @@ def open_study(
     # tqdm would say once a session that Jupyter widgets are not installed; its text bars need none
     warnings.filterwarnings("ignore", message="IProgress not found")
     sized = resolve_scale(scale)
-    for name, value, known in (("records", records, ("committed", "fresh")), ("stage", stage, ("all", "records"))):
+    for name, value, known in (("records", records, ("committed", "fresh")), ("stage", stage, STAGES)):
         if value not in known:
-            raise InputError(f"{name}={value!r} is unknown: choose {' or '.join(known)}")
+            raise InputError(f"{name}={value!r} is unknown: choose {', '.join(known[:-1])} or {known[-1]}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed={seed!r} must be a whole number, 0 or more")
     if data != "scenes" and not data.startswith("coco:"):

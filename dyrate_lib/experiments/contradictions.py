@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import accounting, compare
+from ..dimensions import llava_dimensions
 from ..models import ModelInfo
 
 # lmms-eval figures of LLaVA-1.5-7B as the FastV authors publish them, and LLaVA-1.5's own VQAv2 and TextVQA accuracies
@@ -34,21 +35,7 @@ class Contradiction:
 
 def llava_info(size: str) -> ModelInfo:
     """Dimensions of LLaVA-1.5-7B ("7b") or -13B ("13b") as their config files have them."""
-    language = {
-        "7b": {"n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "hidden": 4096, "mlp": 11008, "projector_hidden": 4096},
-        "13b": {
-            "n_layers": 40,
-            "n_heads": 40,
-            "n_kv_heads": 40,
-            "hidden": 5120,
-            "mlp": 13824,
-            "projector_hidden": 5120,
-        },
-    }[size]
-    return ModelInfo(
-        name=f"LLaVA-1.5-{size.upper()}", head_dim=128, vocab=32064, n_image_tokens=N_IMAGE, vision_layers=24, vision_hidden=1024,
-        vision_mlp=4096, vision_heads=16, vision_tokens=577, patch=14, image_size=336, feature_dim=1024, **language,
-    )  # fmt: skip
+    return llava_dimensions(size)
 
 
 def prefill_ratio(info: ModelInfo, layer: int, rate: float, text: int | np.ndarray) -> np.ndarray:

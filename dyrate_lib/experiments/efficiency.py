@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -236,10 +236,11 @@ def latency(study: Study, subject: Subject, engine: str = "ours", batch: int = 1
         return out
 
     about = {"dtype": "bfloat16" if subject.gpu else "float32"}
-    return _if_there(study, lambda: study.record("latency", config, fn, about=about))
+    return if_there(study, lambda: study.record("latency", config, fn, about=about))
 
 
-def _if_there(study: Study, get: Callable[[], Record]) -> Record | None:
+def if_there(study: Study, get: Callable[[], Record]) -> Record | None:
+    """A record of timings, or None where it is not there and this machine cannot make it."""
     try:
         return get()
     except NeedsGPU:
@@ -282,19 +283,21 @@ def ceilings(study: Study, gpu: bool) -> Record | None:
         return machine_ceilings("cuda" if gpu else "cpu", study.scale.latency_repeats)
 
     config = {"where": "gpu" if gpu else "cpu", "repeats": study.scale.latency_repeats}
-    return _if_there(study, lambda: study.record("ceilings", config, fn))
+    return if_there(study, lambda: study.record("ceilings", config, fn))
 
 
 def latency_cells(study: Study) -> dict[tuple[str, str, int], Record]:
     """All timings there are: (model, engine, batch) -> record. Batches above 1 and stock generate where time allows."""
-    return remembered(study, ("latency",), lambda: _latency_cells(study))
+    return remembered(study, ("latency",), lambda: _latency_cells(study, study.keys_asked))
 
 
-def _latency_cells(study: Study) -> dict[tuple[str, str, int], Record]:
-    wanted = [(s, "ours", 1) for s in subjects(study)]
+def _latency_cells(study: Study, keys: Sequence[str]) -> dict[tuple[str, str, int], Record]:
     first = subjects(study)[0]
-    wanted += [(first, "stock", 1), (first, "ours", 16 if study.scale.name == "full" else 2)]
-    wanted.sort(key=lambda cell: subjects(study).index(cell[0]))  # one model after the other: two do not fit at once
+    chosen = [s for s in subjects(study) if ROLES.get(s.key, s.key) in keys]
+    wanted = [(s, "ours", 1) for s in chosen]
+    if first in chosen:
+        wanted += [(first, "stock", 1), (first, "ours", 16 if study.scale.name == "full" else 2)]
+    wanted.sort(key=lambda cell: chosen.index(cell[0]))  # one model after the other: two do not fit at once
     found = {}
     for subject, engine, batch in study.each(wanted, "latency"):
         record = latency(study, subject, engine, batch)
@@ -307,7 +310,7 @@ def _latency_cells(study: Study) -> dict[tuple[str, str, int], Record]:
 def compute(study: Study) -> list[Record]:
     """Every record of notebook 04 that this machine can make."""
     found: list[Record] = []
-    for key in study.keys:
+    for key in study.keys_asked:
         found += [long_cell(study, key), *scene_cells(study, key).values()]
     found += list(latency_cells(study).values())
     limits = ceilings(study, subjects(study)[0].gpu)

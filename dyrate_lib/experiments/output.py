@@ -61,14 +61,16 @@ class StudyOutput:
         plt.close(fig)
         return Image(data=shown.getvalue(), format="png")
 
-    def save_table(self, df: pd.DataFrame, name: str, caption: str = "", digits: int = 2) -> Any:
-        """Write the table (csv, md, tex) and return it as Markdown for the notebook to show."""
+    def save_table(
+        self, df: pd.DataFrame, name: str, caption: str = "", digits: int = 2, otherwise: str = NOT_DRAWN
+    ) -> Any:
+        """Write the table (csv, md, tex) and return it as Markdown for the notebook to show; `otherwise` for an empty one."""
         from IPython.display import Markdown
 
         from ..plotting import markdown_table, save_table
 
         if not len(df):
-            return Markdown(NOT_DRAWN)
+            return Markdown(otherwise)
         save_table(df, name, self.tables, caption, digits)
         return Markdown(markdown_table(df, digits))
 

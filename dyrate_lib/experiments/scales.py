@@ -17,6 +17,8 @@ class Scale:
     n_masked: random rate paths of the masked-equals-discarded check. batch_size: pictures generated together.
     train_steps, train_batch: predictor training; ablation_steps: the same for predictors of the ablations only.
     targets, predictor_seeds: what is trained and compared; sampling_seeds: draws of top-p and top-k.
+    n_pareto, pareto_levels: pictures and FLOPs budgets of the curves of quality against FLOPs on the short captions;
+    family_levels: budgets on the long ones and the questions. equal_level: the budget of the tables at equal cost.
     bootstrap: resamples of an interval. latency_repeats, latency_warmup: timed runs. max_new_tokens: longest caption.
     """
 
@@ -41,6 +43,10 @@ class Scale:
     latency_repeats: int
     latency_warmup: int
     max_new_tokens: int = 64
+    n_pareto: int = 3
+    pareto_levels: tuple[float, ...] = (0.333, 0.65)
+    family_levels: tuple[float, ...] = ()
+    equal_level: float = 0.333
 
 
 SCALES = {
@@ -51,9 +57,10 @@ SCALES = {
     ),
     "full": Scale(
         "full", n_captions=500, n_questions=1000, n_ablation=500, n_attention=250, n_visual=6, n_validation=200,
-        n_refresh=200, n_search=20, n_masked=20, batch_size=250, train_steps=150, train_batch=12, ablation_steps=100,
+        n_refresh=200, n_search=20, n_masked=20, batch_size=250, train_steps=200, train_batch=12, ablation_steps=120,
         targets=(0.5, 0.333, 0.2), predictor_seeds=(0, 1, 2), sampling_seeds=(0, 1, 2), bootstrap=1000,
-        latency_repeats=10, latency_warmup=2,
+        latency_repeats=10, latency_warmup=2, n_pareto=250, pareto_levels=(0.15, 0.2, 0.333, 0.5, 0.65, 0.8),
+        family_levels=(0.2, 0.333, 0.5),
     ),
 }  # fmt: skip
 

@@ -1,22 +1,42 @@
 """The pruning methods, one file each."""
 
 from .base import Method
+from .before import BeforeLLM
+from .cdpruner import CDPruner, clip_text
+from .divprune import DivPrune
 from .dyrate import DyRate
 from .fastv import FastV
 from .none import NoReduction
+from .prumerge import PruMerge, PruMergePlus
+from .pyramiddrop import PyramidDrop
 from .random import RandomPrune
 from .schedule import DepthPrune, RatePath
+from .sparsevlm import SparseVLM
+from .st3 import ST3
+from .staged import Staged
+from .visionzip import VisionZip
 from .vtw import VTW, vtw_divergence, vtw_search
 
 __all__ = [
+    "ST3",
     "VTW",
+    "BeforeLLM",
+    "CDPruner",
     "DepthPrune",
+    "DivPrune",
     "DyRate",
     "FastV",
     "Method",
     "NoReduction",
+    "PruMerge",
+    "PruMergePlus",
+    "PyramidDrop",
     "RandomPrune",
     "RatePath",
+    "SparseVLM",
+    "Staged",
+    "VisionZip",
+    "clip_text",
     "vtw_divergence",
     "vtw_search",
 ]

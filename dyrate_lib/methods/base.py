@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,6 +102,25 @@ class Method:
         """The most tokens that layer `layer` >= P may keep, [B] int64, or None for no cap of its own."""
         return None
 
+    def plan(self, n_image: int, n_layers: int, steps: int = 1) -> np.ndarray:
+        """Image tokens at each layer's input in each forward pass, for one sample of `n_image`: [steps, n_layers] int64.
+
+        Row 0 is the prefill. It is what the trace of a real run must show, foretold without a model (`budgets`). The
+        default asks `prefill`, `step` and `caps` twice, with made-up scores and shares that differ.
+
+        Raises:
+            InputError: how many tokens stay depends on the content, or the settings do not fit.
+        """
+        if n_image < 0 or steps < 1:
+            raise InputError(f"a plan needs n_image >= 0 and steps >= 1, not {n_image} and {steps}")
+        first, second = (_imagined(self, n_image, n_layers, steps, seed) for seed in (0, 1))
+        if not np.array_equal(first, second):
+            raise InputError(
+                f"{type(self).__name__}: how many tokens stay depends on the content, so there is no plan to foretell: "
+                "count them in the trace of a run."
+            )
+        return first
+
     def embed(self, adapter: Adapter, inputs: Any) -> Prompt:
         """The batch as the language model's first layer receives it. A method that cuts before the LLM cuts here."""
         return adapter.embed(inputs)
@@ -118,6 +138,30 @@ class Method:
         from ..hooks import StockPruning
 
         return StockPruning(model, self)
+
+
+def _imagined(method: Method, n_image: int, n_layers: int, steps: int, seed: int) -> np.ndarray:
+    """What `PruneState` would count for one sample with random scores and shares: [steps, n_layers] int64."""
+    heads, random = 4, torch.Generator().manual_seed(seed)
+    layer = method.prepare(n_layers, heads, torch.device("cpu"))
+    counts, kept, out = torch.tensor([n_image]), torch.tensor([n_image]), []
+    still = type(method).step is Method.step  # nothing changes after the prefill
+    for step in range(1 if still else steps):
+        shares = torch.rand(1, heads, 4, generator=random)
+        shares = shares / shares.sum(-1, keepdim=True)
+        if step == 0:
+            scores = torch.rand(1, n_image, generator=random)
+            found = method.prefill(PrefillView(scores, shares, counts, torch.tensor([seed])))
+        else:
+            found = method.step(StepView(step, shares, kept, counts))
+        kept = torch.minimum(found.clamp(min=0), counts if method.reversible or step == 0 else kept)
+        caps = [method.caps(index, counts) if index >= layer else counts for index in range(n_layers)]
+        row = [
+            counts if index < layer else kept if cap is None else torch.minimum(kept, cap)
+            for index, cap in enumerate(caps)
+        ]
+        out.append([int(entry[0]) for entry in row])
+    return np.repeat(np.array(out, dtype=np.int64), steps if still else 1, axis=0)
 
 
 def check_rate(owner: Method, rate: float) -> float:
@@ -153,7 +197,10 @@ class PruneState:
         self.present = image_index >= 0
         self.n_image = self.present.sum(-1)
         self.steps = 0
-        self.ranking = self.kept = self.reads = None
+        # tensors from `start` on
+        self.ranking: Any = None
+        self.kept: Any = None
+        self.reads: Any = None
         self.slots: dict[int, int] = {}
         self._extents: dict[int, tuple[int, int]] = {}
 

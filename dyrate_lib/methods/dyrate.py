@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,12 @@ class DyRate(Method):
             )
         self._placed = copy.deepcopy(self.predictor).to(device)
         return layer
+
+    def plan(self, n_image: int, n_layers: int, steps: int = 1) -> np.ndarray:
+        raise InputError(
+            "DyRate chooses its rates by what it sees, so its cost is not known beforehand: train the predictor for a "
+            "budget (train_predictor(..., target=...), notebook 02) and read the trace of a run."
+        )
 
     def _kept(self, shares: Tensor, n_image: Tensor) -> Tensor:
         rate = self._placed(shares).argmax(-1, keepdim=True)

@@ -83,7 +83,7 @@ class DepthPrune(Method):
         return self.resolve_layer(n_layers)
 
     def prefill(self, view: PrefillView) -> Tensor:
-        return round_kept(view.n_image, self.rates[self.layer])
+        return round_kept(view.n_image, self.rates[min(self.rates)])
 
     def caps(self, layer: int, n_image: Tensor) -> Tensor | None:
         reached = [start for start in self.rates if start <= layer]
