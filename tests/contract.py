@@ -62,7 +62,7 @@ def cases() -> dict[str, Case]:
         ),
         "vtw": Case(d.VTW(4), None, lambda n: [n] * 4 + [0] * 4),
         "random": Case(d.RandomPrune(2, 0.75), d.RandomPrune(2, 0.0), lambda n: [n] * 2 + [_half(n, 0.25)] * 6),
-        "path": Case(d.RatePath(3, (0.1, 0.3, 0.8, 1.0)), d.RatePath(3, (0.0,)), lambda n: [n] * 3 + [n - n // 10] * 5),
+        "path": Case(d.RatePath(3, (0.1, 0.5, 1.0)), d.RatePath(3, (0.0,)), lambda n: [n] * 3 + [n - n // 10] * 5),
         "depth": Case(
             d.DepthPrune({3: 0.5, 5: 0.75, 6: 1.0}), d.DepthPrune({3: 0.0}),
             lambda n: [n] * 3 + [_half(n)] * 2 + [_half(n, 0.25)] + [0] * 2,

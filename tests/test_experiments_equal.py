@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dyrate_lib import RatePredictor, generate
+from dyrate_lib import InputError, RatePredictor, generate
 from dyrate_lib.evaluate import batches
 from dyrate_lib.experiments import (
     Study,
@@ -20,7 +20,7 @@ from dyrate_lib.experiments import (
     open_study,
     pruning_cost,
 )
-from dyrate_lib.experiments.kept_positions import DivPruneKept, keep_positions, with_positions
+from dyrate_lib.experiments.kept_positions import KEPT, RENUMBER, with_positions
 from dyrate_lib.experiments.training_runs import LAYER, N_RATES
 from dyrate_lib.methods import DivPrune, FastV, PyramidDrop
 from dyrate_lib.metrics import CaptionScores
@@ -109,30 +109,44 @@ def test_released_settings_and_kept_positions_at_full_scale(scored, monkeypatch)
     assert table.loc["CDPruner", "image tokens read"] == 4 and table.loc["Original", "image tokens read"] == 36
     assert {"PruMerge (adaptive)", "PruMerge+ (adaptive)"} <= set(table.index)
     both = equal_tables.position_table(study)
-    assert list(both.method) == ["SparseVLM", "PyramidDrop", "DivPrune", "CDPruner"]
+    assert len(both) == len(RENUMBER) and {"SparseVLM", "VisionZip", "CDPruner"} <= set(both.method)
+    fig = equal_tables.curve_figure(study)
+    plt.close(fig)
 
 
 def test_kept_positions_are_those_of_the_unpruned_prompt(study):
     model, processor = study.model("small")
     ((_, inputs),) = batches(model, processor, study.dataset("coco"), [0, 1], 2)
     adapter = Adapter(model)
-    whole, short = adapter.embed(inputs), DivPruneKept(0.25).embed(adapter, inputs)
-    renumbered = DivPrune(0.25).embed(adapter, inputs)
+    whole, divprune = adapter.embed(inputs), KEPT["divprune"]
+    short, renumbered = divprune(0.25).embed(adapter, inputs), DivPrune(0.25).embed(adapter, inputs)
     for row in range(2):
         image = whole.position_ids[row, whole.image_index[row]]
         picked = short.picked[row].sort().values
         assert torch.equal(short.position_ids[row, short.image_index[row]], image[picked])
         assert torch.equal(short.position_ids[row, -5:], whole.position_ids[row, -5:])
     assert torch.equal(short.embeds, renumbered.embeds)
-    assert torch.equal(keep_positions(whole_of(adapter, inputs)).position_ids, whole.position_ids)
-    kept = generate(model, inputs, DivPruneKept(1.0), max_new_tokens=4).new_tokens
+    kept = generate(model, inputs, divprune(1.0), max_new_tokens=4).new_tokens
     assert torch.equal(kept, generate(model, inputs, None, max_new_tokens=4).new_tokens)
     assert not with_positions("pyramiddrop", PyramidDrop()).renumber
-    assert with_positions("divprune", DivPrune(0.3)) == DivPruneKept(0.3)
+    assert with_positions("divprune", DivPrune(0.3)) == divprune(0.3)
 
 
-def whole_of(adapter, inputs):
-    return DivPrune(1.0).embed(adapter, inputs)
+def test_merged_rows_stand_at_the_ends_of_the_picture(study):
+    model, processor = study.model("small")
+    ((_, inputs),) = batches(model, processor, study.dataset("coco"), [0, 1], 2)
+    adapter = Adapter(model)
+    whole, short = adapter.embed(inputs), KEPT["visionzip"](dominant=5, contextual=2).embed(adapter, inputs)
+    for row in range(2):
+        image = whole.position_ids[row, whole.image_index[row]]
+        found = short.position_ids[row, short.image_index[row]]
+        assert found[0] == image[0] and (found[5:] == image[-1]).all()
+        assert torch.equal(found[1:5], image[short.picked[row][:4].sort().values])
+    two = {key: torch.cat((value, value)) for key, value in inputs.items()}
+    assert KEPT["prumerge"](0.25).embed(adapter, two).position_ids.shape[0] == 4
+    text_only = {"input_ids": inputs["input_ids"][:, -4:], "attention_mask": inputs["attention_mask"][:, -4:]}
+    with pytest.raises(InputError, match="one picture each"):
+        KEPT["divprune"](0.5).embed(adapter, text_only)
 
 
 def test_cost_of_pruning_itself(study):

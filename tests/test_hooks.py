@@ -68,6 +68,16 @@ def _fail(*_):
     raise RuntimeError("inside the model")
 
 
+def test_a_context_that_cannot_be_entered_leaves_nothing(tiny, monkeypatch):
+    from dyrate_lib.hooks import StockPruning
+
+    before = fingerprint(tiny[0])
+    monkeypatch.setattr(StockPruning, "_watch_pictures", _fail)
+    with pytest.raises(RuntimeError, match="inside the model"), FastV(2, 0.5, refresh=True)(tiny[0]):
+        pass
+    assert fingerprint(tiny[0]) == before
+
+
 def test_two_contexts_at_once_are_refused_and_leave_the_first_intact(tiny, batch):
     model = tiny[0]
     before = fingerprint(model)

@@ -157,7 +157,8 @@ def compute(study: Study, models: Sequence[str] | None = None) -> list[Record]:
             found += [cell for row in question_rows(study, key) for cell in row.cells]
     from . import equal_budget, pruning_cost  # which build on this module
 
-    return found + equal_budget.compute(study, keys) + pruning_cost.compute(study)
+    found += equal_budget.compute(study, keys)
+    return found + (pruning_cost.compute(study) if study.keys[0] in keys else [])
 
 
 def row_by_key(rows: Sequence[Row], key: str) -> Row:

@@ -29,7 +29,7 @@ from ..methods import (
 )
 from .benchmarks import Row, remembered
 from .context import Record, Study
-from .kept_positions import RENUMBER, with_positions
+from .kept_positions import RENUMBER, WHOLE, with_positions
 from .training_runs import BUDGET
 
 CURVE_ROLES = ("coco", "flickr30k", "late", "questions")  # short, narrative and late captions, and questions
@@ -170,8 +170,11 @@ def released_rows(study: Study, key: str, role: str = "coco") -> list[Row]:
 
 
 def position_rows(study: Study, key: str, role: str = "coco") -> list[Row]:
-    """Methods that renumber, at the common budget, each with positions renumbered and kept; none at smoke scale."""
-    if study.scale.name != "full":
+    """Methods that renumber, at the common budget, each with positions renumbered and kept; none at smoke scale.
+
+    Those that merge are run so on the short captions alone, and the late captions are left out: time is scarce.
+    """
+    if study.scale.name != "full" or role == "late":
         return []
     return remembered(study, ("positions", key, role), lambda: _position_rows(study, key, role))
 
@@ -179,9 +182,10 @@ def position_rows(study: Study, key: str, role: str = "coco") -> list[Row]:
 def _position_rows(study: Study, key: str, role: str) -> list[Row]:
     rows = []
     for row in equal_rows(study, key, role):
-        if row.key in RENUMBER:
+        if row.key in RENUMBER and (role == "coco" or row.key in WHOLE):
             method = with_positions(row.key, fit(study, key, role, BY_KEY[row.key], study.scale.equal_level).method)
-            rows += [row, Row(row.key, f"{row.label}, positions kept", row.style, (study.captions(key, role, method),))]
+            cell = study.captions(key, role, method, n=equal_n(study, role))
+            rows += [row, Row(row.key, f"{row.label}, positions kept", row.style, (cell,))]
     return rows
 
 
@@ -261,7 +265,8 @@ def compute(study: Study, keys: Sequence[str] | None = None) -> list[Record]:
     sets += [(key, "questions") for key in chosen if study.on_scenes]
     for key, role in study.each(sets, "equal budgets"):
         found += [cell for row in equal_rows(study, key, role) for cell in row.cells]
-    found += [cell for key in chosen for row in (*released_rows(study, key), *position_rows(study, key)) for cell in row.cells]
+    found += [cell for key in chosen for row in released_rows(study, key) for cell in row.cells]
     for key, role in study.each([(key, role) for key in chosen for role in curve_roles(study)], "curves"):
         found += [cell for point in curve(study, key, role) for cell in point.row.cells]
+        found += [cell for row in position_rows(study, key, role) for cell in row.cells]
     return found

@@ -141,18 +141,22 @@ def released_table(study: Study) -> pd.DataFrame:
 
 
 def position_table(study: Study) -> pd.DataFrame:
-    """Renumbered against kept positions, same tokens and budget, on the short captions; the difference is paired."""
+    """Renumbered against kept positions, same tokens and budget; differences are paired."""
     out = []
     for key in models(study):
-        rows, options = position_rows(study, key), (study.scale.bootstrap, study.seed)
-        for renumbered, kept in zip(rows[::2], rows[1::2], strict=True):
-            a, b = cider(study, renumbered, "coco"), cider(study, kept, "coco")
-            out.append(
-                {
-                    "model": study.label(key), "method": renumbered.label, "renumbered (as released)": a.mean(),
-                    "positions kept": b.mean(), "gain [95%]": show_interval(difference_with_interval(b, a, *options), 1),
-                }
-            )  # fmt: skip
+        for role in curve_roles(study):
+            rows, options = position_rows(study, key, role), (study.scale.bootstrap, study.seed)
+            for renumbered, kept in zip(rows[::2], rows[1::2], strict=True):
+                a, b = quality(study, renumbered, role), quality(study, kept, role)
+                control = quality(study, row_by_key(equal_rows(study, key, role), "random"), role)
+                out.append(
+                    {
+                        "model": study.label(key), "set": role, "method": renumbered.label,
+                        "renumbered (as released)": a.mean(), "positions kept": b.mean(),
+                        "gain [95%]": show_interval(difference_with_interval(b, a, *options), 1),
+                        "kept, minus random [95%]": show_interval(difference_with_interval(b, control, *options), 1),
+                    }
+                )  # fmt: skip
     return pd.DataFrame(out)
 
 
@@ -217,6 +221,9 @@ def curve_figure(study: Study) -> Figure:
                 label = BY_KEY[name].label.split(" (")[0] if name in BY_KEY else METHODS[style][0]
                 handle = _draw(ax, lines.sort_values("FLOPs % (paper)"), style)
                 handles.setdefault(label, handle)
+            for row in position_rows(study, key, role)[1::2]:  # hollow: positions kept
+                at = 100 * per_picture(row, "flops", "paper").mean(), quality(study, row, role).mean()
+                ax.plot(*at, METHODS[row.style][2], color=METHODS[row.style][1], markersize=3.5, markerfacecolor="none")
             ax.set_xlim(10, 90)
             if i == 0:
                 ax.set_title(TITLES[role])
@@ -266,7 +273,9 @@ def equal_findings(study: Study) -> str:
         for role in sets:
             rows, options = equal_rows(study, key, role), (study.scale.bootstrap, study.seed)
             base, control = (quality(study, row_by_key(rows, name), role) for name in ("original", "random"))
-            above, below, even = [], [], []
+            above: list[str] = []
+            below: list[str] = []
+            even: list[str] = []
             for row in rows[1:]:
                 each = quality(study, row, role)
                 if row.key != "random":

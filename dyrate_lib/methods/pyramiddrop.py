@@ -35,7 +35,9 @@ class PyramidDrop(Staged):
 
     def __post_init__(self) -> None:
         check_layers(self, self.layers)
-        numbers = all(isinstance(r, int | float) and not isinstance(r, bool) and 0 <= r <= 1 for r in self.ratios)
+        numbers = isinstance(self.ratios, Sequence) and all(
+            isinstance(r, int | float) and not isinstance(r, bool) and 0 <= r <= 1 for r in self.ratios
+        )
         if not numbers or any(b > a for a, b in zip(self.ratios, list(self.ratios)[1:])):
             raise InputError(f"PyramidDrop: ratios={self.ratios!r} must be shares from 0 to 1 that do not rise.")
         expected = len(RELEASED_LAYERS if self.layers is None else self.layers)

@@ -6,6 +6,7 @@ and the facts of its repository (Gumpest/SparseVLMs at 26a5f48, v1.x path) and o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -98,13 +99,16 @@ class SparseVLM(Staged):
             raise InputError(
                 f"SparseVLM: budget={self.budget!r} has no released list (192, 128, 64 have): give counts=."
             )
-        if self.counts is not None and not all(map(_is_count, self.counts)):
+        if self.counts is not None and not (isinstance(self.counts, Sequence) and all(map(_is_count, self.counts))):
             raise InputError(f"SparseVLM: counts={self.counts!r} must be whole numbers, or shares from 0 to 1.")
         if not self.adaptive and len(self._counts) != len(self._layers):
             raise InputError(f"SparseVLM: {len(self._counts)} counts for {len(self._layers)} layers; give one a layer.")
-        if not 0 <= self.merge_fraction <= 1 or self.cluster_size < 1 or self.scale < 0:
+        numbers = (self.merge_fraction, self.cluster_size, self.scale, self.bias)
+        known = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+        if not known or not 0 <= self.merge_fraction <= 1 or self.cluster_size < 1 or self.scale < 0:
             raise InputError(
-                "SparseVLM needs merge_fraction from 0 to 1, cluster_size of at least 1, scale not negative."
+                "SparseVLM needs merge_fraction from 0 to 1, cluster_size of at least 1, scale not negative, and a bias; "
+                f"got {', '.join(map(repr, numbers))}."
             )
 
     @property
