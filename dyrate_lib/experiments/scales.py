@@ -59,7 +59,7 @@ SCALES = {
         "full", n_captions=500, n_questions=1000, n_ablation=500, n_attention=250, n_visual=6, n_validation=200,
         n_refresh=200, n_search=20, n_masked=20, batch_size=250, train_steps=200, train_batch=12, ablation_steps=120,
         targets=(0.5, 0.333, 0.2), predictor_seeds=(0, 1, 2), sampling_seeds=(0, 1, 2), bootstrap=1000,
-        latency_repeats=10, latency_warmup=2, n_pareto=250, pareto_levels=(0.15, 0.2, 0.333, 0.5, 0.8),
+        latency_repeats=8, latency_warmup=1, n_pareto=250, pareto_levels=(0.15, 0.2, 0.333, 0.5, 0.8),
         family_levels=(0.2, 0.333, 0.5),
     ),
 }  # fmt: skip
