@@ -113,8 +113,10 @@ def rivals(study: Study, all_of: bool = True) -> tuple[Rival, ...]:
     return RIVALS if all_of or study.scale.name == "full" else tuple(BY_KEY[key] for key in SMOKE)
 
 
-def levels(study: Study, role: str) -> tuple[float, ...]:
-    """The budgets of a set's curve."""
+def levels(study: Study, role: str, key: str = "") -> tuple[float, ...]:
+    """The budgets of a set's curve; of model `key` if given, whose curve may be a single point."""
+    if f"{key}:{role}" in study.scale.one_budget:
+        return (study.scale.equal_level,)
     return study.scale.pareto_levels if role == "coco" else study.scale.family_levels
 
 
@@ -174,7 +176,7 @@ def position_rows(study: Study, key: str, role: str = "coco") -> list[Row]:
 
     Those that merge are run so on the short captions alone, and the late captions are left out: time is scarce.
     """
-    if study.scale.name != "full" or role == "late":
+    if study.scale.name != "full" or role == "late" or f"{key}:{role}" in study.scale.one_budget:
         return []
     return remembered(study, ("positions", key, role), lambda: _position_rows(study, key, role))
 
@@ -213,7 +215,7 @@ def _curve(study: Study, key: str, role: str) -> list[Point]:
     n, out = curve_n(study, role), []
     equal = {row.key: row for row in equal_rows(study, key, role)} if _has_equal(study, role) else {}
     for rival in RIVALS:
-        for level in levels(study, role):
+        for level in levels(study, role, key):
             found = fit(study, key, role, rival, level)
             if not reaches(found) or rival not in rivals(study, all_of=level == study.scale.equal_level):
                 continue
@@ -224,7 +226,7 @@ def _curve(study: Study, key: str, role: str) -> list[Point]:
             out.append(Point(rival.key, level, Row(rival.key, rival.label, rival.style, (cell,))))
     return out + [
         Point("dyrate", target, Row("dyrate", "DyRate", "dyrate", _trained(study, key, role, target, n)))
-        for target in _targets(study, role)
+        for target in _targets(study, role, key)
     ]
 
 
@@ -240,9 +242,10 @@ def _has_equal(study: Study, role: str) -> bool:
     return role == "questions" or role in roles(study)
 
 
-def _targets(study: Study, role: str) -> tuple[float, ...]:
+def _targets(study: Study, role: str, key: str) -> tuple[float, ...]:
     """DyRate's targets on a set; at smoke scale those that Table II has there anyway."""
-    return study.scale.targets if role == "coco" or study.scale.name == "full" else (BUDGET,)
+    every = role == "coco" or study.scale.name == "full"
+    return study.scale.targets if every and f"{key}:{role}" not in study.scale.one_budget else (BUDGET,)
 
 
 def unreached(study: Study) -> list[tuple[str, str, str, Fit]]:
@@ -252,7 +255,7 @@ def unreached(study: Study) -> list[tuple[str, str, str, Fit]]:
         for key in models(study)
         for role in curve_roles(study)
         for rival in RIVALS
-        for level in levels(study, role)
+        for level in levels(study, role, key)
         if not reaches(found := fit(study, key, role, rival, level))
     ]
 

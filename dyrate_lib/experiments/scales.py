@@ -19,6 +19,7 @@ class Scale:
     targets, predictor_seeds: what is trained and compared; sampling_seeds: draws of top-p and top-k.
     n_pareto, pareto_levels: pictures and FLOPs budgets of the curves of quality against FLOPs on the short captions;
     family_levels: budgets on the long ones and the questions. equal_level: the budget of the tables at equal cost.
+    one_budget: "model:set" of curves that have that one point only, for want of device time.
     bootstrap: resamples of an interval. latency_repeats, latency_warmup: timed runs. max_new_tokens: longest caption.
     """
 
@@ -47,6 +48,7 @@ class Scale:
     pareto_levels: tuple[float, ...] = (0.333, 0.65)
     family_levels: tuple[float, ...] = ()
     equal_level: float = 0.333
+    one_budget: tuple[str, ...] = ()
 
 
 SCALES = {
@@ -60,7 +62,7 @@ SCALES = {
         n_refresh=200, n_search=20, n_masked=20, batch_size=250, train_steps=200, train_batch=12, ablation_steps=120,
         targets=(0.5, 0.333, 0.2), predictor_seeds=(0, 1, 2), sampling_seeds=(0, 1, 2), bootstrap=1000,
         latency_repeats=8, latency_warmup=1, n_pareto=250, pareto_levels=(0.15, 0.2, 0.333, 0.5, 0.8),
-        family_levels=(0.2, 0.333, 0.5),
+        family_levels=(0.2, 0.333, 0.5), one_budget=("base:questions",),
     ),
 }  # fmt: skip
 
