@@ -78,24 +78,25 @@ def outlier_share(scores: Tensor) -> Tensor:
 
 
 def merge_nearest(
-    features: Tensor, keys: Tensor, attention: Tensor, index: Tensor, valid: Tensor, nearest: int = 32
+    features: Tensor, keys: Tensor, attention: Tensor, order: Tensor, count: Tensor, nearest: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Add to each kept token its nearest others, and make one token of all that is pruned.
 
-    features [M, N, C]; keys [M, N, d]; attention [M, N], the weights; index [M, K] kept patches, valid [M, K] bool.
+    features [M, N, C]; keys [M, N, d]; attention [M, N], the weights; order [M, N] int64: the kept patches, then the
+    pruned ones; count [M] int64: how many are kept. A patch may stand in `order` twice: each copy is one of the others.
     nearest: how many others (kept or not) by cosine of keys, at most N - 1.
-    Returns the kept rows [M, K, C] and the extra one [M, 1, C], the attention-weighted sum of the patches not kept.
+    Returns the kept rows [M, max(count), C] (past a picture's count they mean nothing) and the extra one [M, 1, C], the
+    attention-weighted sum of the pruned ones.
     """
-    n = features.shape[1]
-    weights = attention.to(features.dtype)
-    similarity = cosine(take_rows(keys, index), keys).scatter(2, index[..., None], -torch.inf)
-    near = similarity.topk(min(nearest, n - 1), dim=-1).indices
-    share = weights[:, None].expand(-1, index.shape[1], -1)
+    n, k = order.shape[1], int(count.max())
+    features, keys = take_rows(features, order), take_rows(keys, order)
+    weights = torch.gather(attention, 1, order).to(features.dtype)
+    own = torch.arange(k, device=order.device)[:, None] == torch.arange(n, device=order.device)
+    near = cosine(keys[:, :k], keys).masked_fill(own, -torch.inf).topk(min(nearest, n - 1), dim=-1).indices
+    share = weights[:, None].expand(-1, k, -1)
     mix = torch.zeros_like(share).scatter(2, near, torch.gather(share, 2, near))
-    kept = torch.zeros(index.shape[0], n, dtype=features.dtype, device=features.device)
-    kept = kept.scatter_reduce(1, index, valid.to(features.dtype), "amax")
-    extra = (weights * (1 - kept))[:, None] @ features
-    return take_rows(features, index) + mix @ features, extra
+    pruned = torch.arange(n, device=order.device) >= count[:, None]
+    return features[:, :k] + mix @ features, (weights * pruned)[:, None] @ features
 
 
 # -- DivPrune ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from dyrate_lib import (
     prepare_inputs,
 )
 from dyrate_lib.methods.cdpruner import question
+from dyrate_lib.methods.prumerge import pruned
 from dyrate_lib.models import Adapter
 from tests.conftest import PROMPTS
 from tests.test_hooks import fingerprint
@@ -439,15 +440,32 @@ def test_unit_range_is_monotone_and_within_0_and_1(seed, m, n):
 def test_merging_adds_up(seed, n, k):
     """Of features that are all ones, a kept row is 1 + its neighbours' attention and the extra row the pruned ones' sum."""
     attention = torch.softmax(noise(2, n, seed=seed), -1)
-    index = encoder.rank(attention)[:, :k]
-    valid = torch.ones_like(index, dtype=torch.bool)
-    valid[1, k // 2 + 1 :] = False
-    kept, extra = encoder.merge_nearest(torch.ones(2, n, 3), noise(2, n, 5, seed=seed), attention, index, valid)
-    own = attention.gather(1, index)
+    order, count = encoder.rank(attention), torch.tensor([k, k // 2 + 1])
+    kept, extra = encoder.merge_nearest(torch.ones(2, n, 3), noise(2, n, 5, seed=seed), attention, order, count)
+    own = attention.gather(1, order)[:, :k]
     assert torch.allclose(kept[..., 0], 2 - own)  # at most 19 others: all within 32
+    valid = torch.arange(k) < count[:, None]
     assert torch.allclose(extra[:, 0, 0], 1 - (own * valid).sum(-1), atol=1e-6)
-    alone, _ = encoder.merge_nearest(torch.ones(2, n, 3), noise(2, n, 5), attention, index, valid, nearest=0)
+    alone, _ = encoder.merge_nearest(torch.ones(2, n, 3), noise(2, n, 5), attention, order, count, nearest=0)
     assert torch.equal(alone, torch.ones(2, k, 3))
+
+
+def test_a_repeated_patch_is_merged_as_the_released_code_does():
+    """PruMerge+ at a fixed ratio: written out patch by patch, as a list of the others of each kept one."""
+    n, picks, nearest = 12, [4, 0, 7, 4, 9], 6
+    features, keys, attention = noise(1, n, 3, seed=1), noise(1, n, 5, seed=2), torch.softmax(noise(1, n, seed=3), -1)
+    left = pruned(picks, n)
+    assert left == [2, 3, 5, 6, 8, 10, 11]  # 1, the first that is not kept, goes unseen for the 4 that stands twice
+    order, count = torch.tensor([picks + left]), torch.tensor([len(picks)])
+    kept, extra = encoder.merge_nearest(features, keys, attention, order, count, nearest)
+    for place, patch in enumerate(picks):
+        others = picks[:place] + picks[place + 1 :] + left
+        like = torch.nn.functional.cosine_similarity(keys[0, [patch]], keys[0, others])
+        near = [others[i] for i in like.topk(nearest).indices]
+        expected = features[0, patch] + sum(attention[0, other] * features[0, other] for other in near)
+        assert torch.allclose(kept[0, place], expected, atol=1e-6)
+    assert torch.allclose(extra[0, 0], sum(attention[0, p] * features[0, p] for p in left), atol=1e-6)
+    assert pruned([3, 1], 5) == [0, 2, 4]
 
 
 @settings(max_examples=25, deadline=None)

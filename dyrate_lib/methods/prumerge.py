@@ -62,11 +62,11 @@ class PruMerge(BeforeLLM):
         shares = outlier_share(scores).tolist() if self.ratio is None else [self.ratio] * len(scores)
         orders = rank(scores).tolist()
         picks = [self.chosen(order, share) for order, share in zip(orders, shares, strict=True)]
-        most = max(map(len, picks))
+        n, most = scores.shape[1], max(map(len, picks))
+        order = torch.tensor([row + pruned(row, n) for row in picks], device=scores.device)
+        count = torch.tensor([len(row) for row in picks], device=scores.device)
         index = torch.tensor([row + [-1] * (most - len(row)) for row in picks], device=scores.device)
-        valid = index >= 0
-        kept, extra = merge_nearest(features, k[:, 1:], scores, index.clamp(min=0), valid, self.nearest)
-        count = valid.sum(-1)
+        kept, extra = merge_nearest(features, k[:, 1:], scores, order, count, self.nearest)
         rows = torch.cat((kept, torch.zeros_like(extra)), dim=1)
         return rows.scatter(1, count[:, None, None].expand_as(extra), extra), count, index
 
@@ -76,6 +76,15 @@ class PruMerge(BeforeLLM):
         return Reduction(view.adapter.project_features(features), count + 1, patch, index)
 
 
+def pruned(kept: list[int], n: int) -> list[int]:
+    """The n - len(kept) patches of 0..n-1 that are merged away, ascending.
+
+    For each patch that stands twice among the kept the first of them is left out, as in the released code, so that a
+    prompt with a repeated patch knows nothing of that one.
+    """
+    return sorted(0 if patch in kept else patch for patch in range(n))[len(kept) :]
+
+
 @dataclass
 class PruMergePlus(PruMerge):
     """PruMerge with patches sampled evenly over the picture beside those that stand out; merged the same way.
@@ -83,7 +92,7 @@ class PruMergePlus(PruMerge):
     ratio None (released): every int(int(1 / share) / 3)-th patch of 0..N-2 that is not kept already is added, so about
     four times as many tokens as PruMerge, their count known only from the picture. A number: the released code's variant
     for training, which adds every int(1 / ratio)-th from half a step on, kept already or not, so that the count is fixed
-    (a patch may then stand twice in the prompt).
+    (a patch may then stand twice in the prompt, and count among its own nearest; see `pruned`).
     """
 
     name: ClassVar[str] = "prumerge+"
