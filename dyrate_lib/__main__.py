@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--method", choices=captioning.METHODS, default="dyrate")
     p.add_argument("--layer", type=int)
     p.add_argument("--rate", type=float, help="share of image tokens removed (fastv, random)")
+    p.add_argument("--flops", type=float, help="set the method so that it costs this share of the unpruned FLOPs, e.g. 0.333")
     p.add_argument("--predictor", help="a trained predictor (.safetensors); default: the shipped one for a third of the FLOPs")
     p.add_argument("--prompt", default=captioning.DEFAULT_PROMPT)
     p.add_argument("--max-new-tokens", type=int, default=64)
@@ -83,14 +84,15 @@ def _list(args: argparse.Namespace) -> None:
 
 def _caption(args: argparse.Namespace) -> None:
     result = captioning.caption(
-        args.image, args.model, args.method, layer=args.layer, rate=args.rate, predictor=args.predictor, prompt=args.prompt,
-        max_new_tokens=args.max_new_tokens, device=args.device, out=args.out,
+        args.image, args.model, args.method, layer=args.layer, rate=args.rate, flops=args.flops, predictor=args.predictor,
+        prompt=args.prompt, max_new_tokens=args.max_new_tokens, device=args.device, out=args.out,
     )  # fmt: skip
     print(result.text)
     print(f"\nImage tokens kept of {result.n_image}, step by step:")
     for t, (kept, word) in enumerate(zip(result.kept, result.words, strict=True)):
         print(f"  {t:3d}  {kept:5d}  {word!r}")
-    print("\nFLOPs saved:")
+    print(f"\nMethod: {result.method}" if result.method.name != "dyrate" else "\nMethod: DyRate")
+    print("FLOPs saved:")
     print(f"  {result.saved['cached']:7.1%}  as a KV-cached decoder computes them, vision tower and LM head included")
     print(f"  {result.saved['paper']:7.1%}  by FastV's formula, language model re-run for every token")
     print("\nMasks: " + ", ".join(str(f) for f in result.files))

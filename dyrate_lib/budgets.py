@@ -21,7 +21,7 @@ from .accounting import CONVENTIONS, flops
 from .budget_settings import KNOWN, Settings, released_settings
 from .dimensions import llava_dimensions
 from .errors import InputError
-from .methods import Method
+from .methods import BeforeLLM, Method
 from .models import ModelInfo, model_info
 
 if TYPE_CHECKING:
@@ -157,6 +157,12 @@ def fit_budget(
         raise InputError(f"a budget of {wanted!r} is none: it must lie above 0 and at most at {top:g}")
     if n_image < 1 or _prompt(prompt_length, n_image) < n_image or steps < 1:
         raise InputError(f"no run has {n_image} image tokens in a prompt of {prompt_length} and {steps} forward passes")
+
+    if isinstance(method, BeforeLLM) and info.n_image_tokens and n_image != info.n_image_tokens:
+        raise InputError(
+            f"{type(method).__name__} reduces each picture by itself, so its budget is counted for one picture of "
+            f"{info.n_image_tokens} tokens, not for {n_image}: leave n_image out"
+        )
 
     def cost(candidate: Method) -> float:
         if tokens is not None:

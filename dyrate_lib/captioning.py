@@ -10,13 +10,18 @@ from typing import Any
 from dyrate_lib import paths
 from dyrate_lib.errors import InputError, ResourceError
 
-METHODS = ("none", "random", "fastv", "vtw", "dyrate")
+METHODS = (
+    "none", "random", "fastv", "vtw", "dyrate", "sparsevlm", "pyramiddrop", "st3", "visionzip", "prumerge", "prumerge+",
+    "divprune", "cdpruner",
+)  # fmt: skip
+REPLY = 20  # tokens of the reply that a budget is counted for
 DEFAULT_PROMPT = "Provide a one-sentence caption for the provided image."
 
 
 @dataclass(frozen=True)
 class Caption:
-    """text; words and kept tokens one a step; saved: share of FLOPs saved, by convention; files: the mask figure."""
+    """text; words and kept tokens (merged ones counted) one a step; saved: share of FLOPs saved, by convention; files: the
+    mask figure; method: the method as it was set."""
 
     text: str
     words: list[str]
@@ -24,6 +29,7 @@ class Caption:
     n_image: int
     saved: dict[str, float]
     files: list[Path]
+    method: Any
 
 
 def default_predictor(model_name: str) -> Path:
@@ -38,49 +44,60 @@ def default_predictor(model_name: str) -> Path:
 
 def make_method(name: str, model_name: str, layer: int | None, rate: float | None, predictor: str | None) -> Any:
     """The method object for command-line choices. InputError when an option does not go with the method."""
-    from dyrate_lib import VTW, DyRate, FastV, NoReduction, RandomPrune, RatePredictor
+    from dyrate_lib import VTW, DyRate, FastV, RandomPrune, RatePredictor
+    from dyrate_lib.budgets import named
 
     if name not in METHODS:
         raise InputError(f"the method is one of {', '.join(METHODS)}, not {name!r}")
-    takes = {"none": (), "vtw": ("layer",), "dyrate": ("layer", "predictor")}.get(name, ("layer", "rate"))
+    takes: tuple[str, ...] = {
+        "vtw": ("layer",), "dyrate": ("layer", "predictor"), "fastv": ("layer", "rate"), "random": ("layer", "rate"),
+    }.get(name, ())  # fmt: skip
     for option, value in (("layer", layer), ("rate", rate), ("predictor", predictor)):
         if value is not None and option not in takes:
             may = f", which takes {' and '.join('--' + t for t in takes)}" if takes else ""
             raise InputError(f"--{option} does not go with method {name}{may}")
-    if name == "none":
-        return NoReduction()
     if name == "vtw":
         return VTW(layer=layer)
     if name == "dyrate":
         return DyRate(RatePredictor.load(predictor or default_predictor(model_name)), layer=layer)
-    return {"fastv": FastV, "random": RandomPrune}[name](
-        layer=2 if layer is None else layer, rate=0.5 if rate is None else rate
-    )
+    if name in ("fastv", "random"):
+        made = {"fastv": FastV, "random": RandomPrune}[name]
+        return made(layer=2 if layer is None else layer, rate=0.5 if rate is None else rate)
+    return named(name)  # as released
 
 
 def caption(
     image: str | Path, model_name: str = "scenes-small", method: str = "none", *, layer: int | None = None,
-    rate: float | None = None, predictor: str | None = None, prompt: str = DEFAULT_PROMPT, max_new_tokens: int = 64,
-    device: str | None = None, out: str | Path | None = None,
+    rate: float | None = None, flops: float | None = None, predictor: str | None = None, prompt: str = DEFAULT_PROMPT,
+    max_new_tokens: int = 64, device: str | None = None, out: str | Path | None = None,
 ) -> Caption:  # fmt: skip
     """Caption one picture greedily and write its masks to `out`/masks_<picture>_<method>.pdf and .png (default build/captions).
+
+    Methods run at their released settings; flops: a share of the unpruned FLOPs (paper's convention) that the method's
+    setting is searched for instead (`budgets.budget`, for a reply of 20 tokens).
 
     Raises InputError for a bad picture, prompt or option and ResourceError for missing weights, before any long work.
     """
     import matplotlib.pyplot as plt
     import torch
 
-    from dyrate_lib import chat_prompt, generate, load_vlm, prepare_inputs
+    from dyrate_lib import budget, chat_prompt, generate, load_vlm, model_info, prepare_inputs
     from dyrate_lib.images import load_image
     from dyrate_lib.plotting import plot_masks, save_figure
 
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is at least 1, not {max_new_tokens}")
+    if flops is not None and rate is not None:
+        raise InputError("--flops searches the rate: give one of --flops and --rate")
     picture = load_image(image)
     chosen = make_method(method, model_name, layer, rate, predictor)
     model, processor = load_vlm(model_name, device=device)
     where = next(model.parameters()).device
     inputs = prepare_inputs(processor, [picture], [chat_prompt(prompt)], device=where)
+    if flops is not None:
+        n_image = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        length = inputs["input_ids"].shape[1]
+        chosen = budget(chosen, model_info(model), flops=flops, prompt_length=length, steps=REPLY, n_image=n_image)
     with torch.inference_mode():
         out_ = generate(model, inputs, chosen, max_new_tokens=max_new_tokens, processor=processor)
     trace, steps = out_.trace, int(out_.trace.valid[0].sum())
@@ -91,6 +108,6 @@ def caption(
     folder = Path(out) if out else paths.build() / "captions"
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(image).stem).strip("._-") or "picture"
     fig = plot_masks(picture, kept, words=words, n_image=n_image, title=f"{method}, image tokens read at layers ≥ {trace.layer}")
-    files = save_figure(fig, f"masks_{stem}_{method}", folder)
+    files = save_figure(fig, f"masks_{stem}_{method.replace('+', '-plus')}", folder)
     plt.close(fig)
-    return Caption(out_.text[0], words, [len(k) for k in kept], n_image, saved, files)
+    return Caption(out_.text[0], words, trace.kept[0, :steps].tolist(), n_image, saved, files, chosen)

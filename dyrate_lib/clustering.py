@@ -27,8 +27,8 @@ def cluster_and_merge(x: Tensor, n_clusters: int, noise: Tensor | None = None) -
     them) + 1e-6 noise. A token's score is its density times the distance to the nearest denser token (to the farthest
     pair's distance, for the densest); the highest are centres, every token joins the nearest centre, a cluster is averaged.
 
-    noise: [B, N] or [N] in [0, 1), None for zeros. The released code draws it afresh; equal scores then fall by chance, here
-    to the earlier token.
+    noise: [B, N] or [N] in [0, 1), None for zeros. The released code draws it afresh, so equal scores fall by chance there; here
+    without noise always the same way.
 
     Raises:
         InputError: not 1 <= n_clusters <= N, or noise of another shape.
@@ -51,7 +51,8 @@ def cluster_and_merge(x: Tensor, n_clusters: int, noise: Tensor | None = None) -
     denser = density[:, None, :] > density[:, :, None]
     farthest = distance.flatten(1).amax(-1)[:, None, None]
     score = torch.where(denser, distance, farthest).amin(-1) * density
-    centres = torch.argsort(score, dim=-1, descending=True, stable=True)[:, :n_clusters]
+    # equal scores in the order of torch's CPU topk, as in the authors' figures, on every device
+    centres = score.cpu().topk(n_clusters, dim=-1).indices.to(x.device)
     to_centres = torch.gather(distance, 1, centres[..., None].expand(-1, -1, n))
     own = torch.arange(n_clusters, device=x.device).expand_as(centres)
     assignment = to_centres.argmin(1).scatter(1, centres, own)  # a centre is its own cluster's, whatever lies near

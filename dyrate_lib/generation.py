@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .decoder import Runner, Snapshot
 from .errors import InputError
-from .methods.base import Method
+from .methods.base import PRUNED, Method
 from .methods.none import NoReduction
 from .models import Adapter, ModelInfo, Prompt, model_info
 
@@ -216,6 +216,8 @@ def generate(
     method = method if method is not None else NoReduction()
     if not isinstance(method, Method):
         raise InputError(f"method must be a Method such as FastV(), or None; got {type(method).__name__}.")
+    if getattr(model, PRUNED, False):
+        raise InputError("This model is being pruned by a context: leave it first, or call model.generate inside it.")
     if forced_tokens is not None:
         max_new_tokens = forced_tokens.shape[1]
     if max_new_tokens < 1:

@@ -22,10 +22,10 @@ from .attention import image_scores, row_attention, shares_by_type
 from .errors import InputError
 from .layout import gather_columns
 from .masks import PAD, RES
-from .methods.base import Method, PruneState
+from .methods.base import PRUNED, Method, PruneState
 from .models import Adapter, Prompt
 
-_STATE = "_dyrate_pruning"  # on a cache: the pruning of the batch it belongs to
+_STATE = PRUNED  # on a cache: the pruning of the batch it belongs to
 
 
 class _CachedPruning:

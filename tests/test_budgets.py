@@ -248,3 +248,11 @@ def picture():
     from PIL import Image
 
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8))
+
+
+def test_budgets_before_the_llm_are_of_one_picture():
+    """Each picture of a prompt is reduced by itself, so two pictures' tokens are no count to search for."""
+    info = llava_dimensions("7b")
+    with pytest.raises(InputError, match="one picture of 576"):
+        budget("visionzip", info, tokens=192, n_image=2 * 576)
+    assert budget("fastv", info, tokens=400, n_image=2 * 576).name == "fastv"

@@ -44,6 +44,16 @@ def test_caption_prints_text_counts_and_savings_and_draws_the_masks(picture, tmp
     assert sorted(p.name for p in out.iterdir()) == [f"masks_a_picture_{method}.{x}" for x in ("pdf", "png")]
 
 
+@pytest.mark.parametrize("method", [m for m in captioning.METHODS if m not in ("none", "dyrate", "vtw")])
+def test_caption_at_a_budget(picture, tmp_path, method):
+    """Every method of the command line at 80 % of the FLOPs, counted for this very prompt and a reply of `REPLY` tokens."""
+    found = captioning.caption(
+        picture, "random:tiny", method, flops=0.8, max_new_tokens=2, out=tmp_path, prompt="a picture"
+    )
+    assert found.method.name == method and len(found.kept) == 2 and max(found.kept) <= found.n_image
+    assert found.saved["paper"] == pytest.approx(0.2, abs=0.06)
+
+
 def test_caption_with_a_trained_predictor(picture, tmp_path, capsys):
     from dyrate_lib import RatePredictor, load_vlm, model_info
 
@@ -61,6 +71,10 @@ def test_caption_with_a_trained_predictor(picture, tmp_path, capsys):
         (["--method", "vtw", "--rate", "0.5"], "--rate does not go with method vtw"),
         (["--method", "fastv", "--predictor", "x"], "--predictor does not go with"),
         (["--method", "none", "--layer", "1"], "--layer does not go with"),
+        (["--method", "visionzip", "--rate", "0.5"], "--rate does not go with method visionzip"),
+        (["--method", "fastv", "--rate", "0.5", "--flops", "0.5"], "one of --flops and --rate"),
+        (["--method", "fastv", "--flops", "0.001"], "meets this budget"),
+        (["--method", "none", "--flops", "0.5"], ""),
         (["--method", "fastv", "--layer", "99"], "99"),
         (["--method", "fastv", "--rate", "1.5"], "1.5"),
         (["--method", "none", "--max-new-tokens", "0"], "at least 1"),

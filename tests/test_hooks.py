@@ -157,3 +157,9 @@ def test_a_deep_path_cuts_the_cache_under_stock_generate(tiny, alone):
     text = inputs["input_ids"].shape[1] - 36
     lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
     assert lengths == [text + 36 + 4] * 3 + [text + 4] * 5
+
+
+def test_our_loop_inside_a_context_is_refused(tiny, alone):
+    """Which of the two would prune? Neither is left to chance."""
+    with FastV(2, 0.5)(tiny[0]), pytest.raises(InputError, match="being pruned by a context"):
+        generate(tiny[0], alone(0), VTW(3), max_new_tokens=2)

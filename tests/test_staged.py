@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyrate_lib import ST3, InputError, PyramidDrop, SparseVLM, generate
+from dyrate_lib import ST3, CDPruner, FastV, InputError, PyramidDrop, SparseVLM, generate
 from dyrate_lib.clustering import cluster_and_merge
 from dyrate_lib.masks import IMG, INS, PAD, SYS
 from dyrate_lib.methods.sparsevlm import rank_deficit, text_raters
@@ -440,3 +440,20 @@ def test_adaptive_counts_follow_the_rank(tiny, batch):
     assert len({tuple(row.tolist()) for row in counts}) > 1  # samples differ
     everything = SparseVLM(adaptive=True, scale=5.0, recycle=False)
     assert generate(tiny[0], batch, everything, max_new_tokens=1).trace.kept_by_layer[:, 0, -1].tolist() == [0] * 4
+
+
+def test_equal_cluster_scores_come_in_the_order_of_the_authors_topk():
+    """With two clusters and no noise the two densest tokens tie; equal tokens tie all."""
+    for seed in range(8):
+        x = torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(seed))
+        found = cluster_and_merge(x, 2)
+        assert torch.equal(found.centres[0], found.score[0].topk(2).indices)
+    equal = cluster_and_merge(torch.ones(1, 5, 4), 1)
+    assert torch.equal(equal.centres[0], equal.score[0].topk(1).indices)
+
+
+def test_settings_may_be_arrays():
+    listed = SparseVLM(counts=[5, 4, 2], layers=[1, 3, 5])
+    assert SparseVLM(counts=torch.tensor([5, 4, 2]), layers=torch.tensor([1, 3, 5])) == listed
+    assert PyramidDrop(ratios=np.array([0.5, 0.25, 0.125])).ratios == [0.5, 0.25, 0.125]
+    assert CDPruner(tokens=np.int64(9)).kept_count(36) == 9 and FastV(2, np.float32(0.5)).rate == 0.5

@@ -8,6 +8,7 @@ that `method(model)` puts on a stock model (`hooks.StockPruning`); both share `P
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ..decoder import Runner
     from ..hooks import StockPruning
     from ..models import Adapter, Prompt
+
+
+PRUNED = "_dyrate_pruning"  # set on a model while a context prunes it
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def check_rate(owner: Method, rate: float) -> float:
     Raises:
         InputError: not a number in that range.
     """
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate <= 1:
         raise InputError(
             f"{type(owner).__name__}: rate={rate!r} must be the share of image tokens to remove, from 0 to 1."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar, cast
 
 import torch
@@ -50,7 +51,8 @@ class CDPruner(BeforeLLM):
 
     def __post_init__(self) -> None:
         check_ratio(self, self.ratio)
-        if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1):
+        tokens = self.tokens
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1):
             raise InputError(f"CDPruner: tokens={self.tokens!r} must be a whole number of image tokens, at least 1, or None.")
         if (self.text is None) != (self.image_projection is None):
             raise InputError("CDPruner: text and image_projection belong together: give both of a CLIP model, or neither.")

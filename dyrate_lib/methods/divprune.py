@@ -7,6 +7,7 @@ the facts of its repository (vbdi/divprune at 799e2d9).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 from ..encoder import farthest_first
@@ -43,7 +44,7 @@ def check_ratio(owner: Method, ratio: float) -> None:
     Raises:
         InputError: not a number in that range.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
         raise InputError(
             f"{type(owner).__name__}: ratio={ratio!r} must be the share of image tokens to keep, above 0 and up to 1."
         )

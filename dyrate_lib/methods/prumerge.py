@@ -7,6 +7,7 @@ and the facts of its repository (42Shawn/LLaVA-PruMerge at 097c041).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -35,7 +36,7 @@ class PruMerge(BeforeLLM):
 
     def __post_init__(self) -> None:
         who = type(self).__name__
-        number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
+        number = isinstance(self.ratio, Real) and not isinstance(self.ratio, bool)
         if self.ratio is not None and not (number and 0 < self.ratio <= 1):
             raise InputError(f"{who}: ratio={self.ratio!r} must be the share of patches to keep, above 0 and up to 1, or None.")
         if isinstance(self.nearest, bool) or not isinstance(self.nearest, int) or self.nearest < 0:

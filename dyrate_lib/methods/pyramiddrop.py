@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 from ..errors import InputError
-from .staged import Staged, check_layers, scale_cuts
+from .staged import Staged, as_list, check_layers, scale_cuts
 
 RELEASED_LAYERS = (8, 16, 24)
 
@@ -34,9 +35,10 @@ class PyramidDrop(Staged):
     name: ClassVar[str] = "pyramiddrop"
 
     def __post_init__(self) -> None:
+        self.layers, self.ratios = as_list(self.layers), as_list(self.ratios)
         check_layers(self, self.layers)
         numbers = isinstance(self.ratios, Sequence) and all(
-            isinstance(r, int | float) and not isinstance(r, bool) and 0 <= r <= 1 for r in self.ratios
+            isinstance(r, Real) and not isinstance(r, bool) and 0 <= r <= 1 for r in self.ratios
         )
         if not numbers or any(b > a for a, b in zip(self.ratios, list(self.ratios)[1:])):
             raise InputError(f"PyramidDrop: ratios={self.ratios!r} must be shares from 0 to 1 that do not rise.")

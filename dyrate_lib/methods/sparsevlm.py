@@ -18,7 +18,7 @@ from torch import Tensor
 from ..clustering import cluster_and_merge
 from ..errors import InputError
 from ..masks import IMG, INS, PAD
-from .staged import Cut, Staged, StageView, check_layers, keep_best, scale_cuts
+from .staged import Cut, Staged, StageView, as_list, check_layers, keep_best, scale_cuts
 
 if TYPE_CHECKING:
     from ..models import Prompt
@@ -94,6 +94,7 @@ class SparseVLM(Staged):
     name: ClassVar[str] = "sparsevlm"
 
     def __post_init__(self) -> None:
+        self.layers, self.counts = as_list(self.layers), as_list(self.counts)
         check_layers(self, self.layers)
         if not self.adaptive and self.counts is None and self.budget not in RELEASED_COUNTS:
             raise InputError(

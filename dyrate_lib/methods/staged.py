@@ -96,6 +96,11 @@ def scale_cuts(cuts: Sequence[int], n_layers: int, depth: int = RELEASED_DEPTH) 
     return tuple(scaled)
 
 
+def as_list(numbers: Any) -> Any:
+    """An array or a tensor of numbers as a list; anything else as it is."""
+    return numbers.tolist() if hasattr(numbers, "tolist") and getattr(numbers, "ndim", 0) == 1 else numbers
+
+
 def check_layers(owner: Method, layers: Any) -> None:
     """`layers` is None or a rising sequence of whole numbers.
 
