@@ -183,7 +183,11 @@ def test_output_folders(tmp_path, monkeypatch):
     shown = study.save_table(pd.DataFrame({"a": [1.0]}), "tab1_thing", "A caption.")
     assert "| 1.00 |" in shown.data and (tmp_path / "tables" / "tab1_thing.tex").is_file()
     assert "Left out" in study.save_table(pd.DataFrame(), "tab2_thing").data
+    (tmp_path / "figures").mkdir(exist_ok=True)
+    (tmp_path / "figures" / "fig1.png").write_text("of an earlier run")
     assert study.save_figure(None, "fig1", otherwise="nothing").data == "nothing"
+    study.save_table(pd.DataFrame(), "tab1_thing")
+    assert not list(tmp_path.glob("*/fig1.*")) and not list(tmp_path.glob("*/tab1_thing.*"))  # nothing stale stays
     monkeypatch.setenv("DYRATE_HOME", str(tmp_path / "home"))
     project = open_study("03_benchmarks", out=str(paths.root()), **TINY)
     assert project.tables == project.figures == paths.figures()

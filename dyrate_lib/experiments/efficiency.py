@@ -293,7 +293,8 @@ def latency_cells(study: Study) -> dict[tuple[str, str, int], Record]:
 
 def _latency_cells(study: Study, keys: Sequence[str]) -> dict[tuple[str, str, int], Record]:
     first = subjects(study)[0]
-    chosen = [s for s in subjects(study) if ROLES.get(s.key, s.key) in keys]
+    # where one model plays both roles, its course is replayed on both sizes
+    chosen = [s for s in subjects(study) if keys == study.keys or ROLES.get(s.key, s.key) in keys]
     wanted = [(s, "ours", 1) for s in chosen]
     if first in chosen:
         wanted += [(first, "stock", 1), (first, "ours", 16 if study.scale.name == "full" else 2)]

@@ -45,7 +45,7 @@ class StudyOutput:
     ) -> Any:
         """Write the figure (pdf, png, csv of `data`), close it, and return it as a picture for the notebook to show.
 
-        fig: None where there is nothing to draw; then the text `otherwise` is shown.
+        fig: None where there is nothing to draw; then the text `otherwise` is shown, and what an earlier run left is gone.
         """
         import matplotlib.pyplot as plt
         from IPython.display import Image, Markdown
@@ -53,6 +53,7 @@ class StudyOutput:
         from ..plotting import save_figure
 
         if fig is None:
+            _remove(self.figures, name, ("pdf", "png", "csv"))
             return Markdown(otherwise)
 
         save_figure(fig, name, self.figures, data)
@@ -64,12 +65,16 @@ class StudyOutput:
     def save_table(
         self, df: pd.DataFrame, name: str, caption: str = "", digits: int = 2, otherwise: str = NOT_DRAWN
     ) -> Any:
-        """Write the table (csv, md, tex) and return it as Markdown for the notebook to show; `otherwise` for an empty one."""
+        """Write the table (csv, md, tex) and return it as Markdown for the notebook to show.
+
+        An empty one shows `otherwise`, and what an earlier run left of it is gone.
+        """
         from IPython.display import Markdown
 
         from ..plotting import markdown_table, save_table
 
         if not len(df):
+            _remove(self.tables, name, ("csv", "md", "tex"))
             return Markdown(otherwise)
         save_table(df, name, self.tables, caption, digits)
         return Markdown(markdown_table(df, digits))
@@ -96,3 +101,9 @@ class StudyOutput:
             f"made on {distinct('device')} in {distinct('dtype')}\n"
             f"{versions}; {seconds:.0f} s of computing, last on {max(str(entry['date']) for entry in made)[:10]}"
         )
+
+
+def _remove(folder: Path, name: str, kinds: Sequence[str]) -> None:
+    """Take away a figure or table of an earlier run, which the present records do not bear out."""
+    for kind in kinds:
+        (folder / f"{name}.{kind}").unlink(missing_ok=True)
