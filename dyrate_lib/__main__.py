@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--method", choices=captioning.METHODS, default="dyrate")
     p.add_argument("--layer", type=int)
     p.add_argument("--rate", type=float, help="share of image tokens removed (fastv, random)")
-    p.add_argument("--flops", type=float, help="set the method so that it costs this share of the unpruned FLOPs, e.g. 0.333")
+    p.add_argument("--flops", type=float, help="set the method (not dyrate) to this share of the FLOPs, e.g. 0.333")
     p.add_argument("--predictor", help="a trained predictor (.safetensors); default: the shipped one for a third of the FLOPs")
     p.add_argument("--prompt", default=captioning.DEFAULT_PROMPT)
     p.add_argument("--max-new-tokens", type=int, default=64)

@@ -10,6 +10,7 @@ of methods, from the cheapest to the costliest. Those of the library are in `bud
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -152,9 +153,9 @@ def fit_budget(
         raise InputError(f"unknown FLOPs convention {convention!r}; known: {', '.join(CONVENTIONS)}")
     info, method = _dimensions(model), named(method)
     n_image = info.n_image_tokens if n_image is None else n_image
-    wanted, top = (flops, 1.0) if flops is not None else (tokens, float(n_image))
-    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted <= top:
-        raise InputError(f"a budget of {wanted!r} is none: it must lie above 0 and at most at {top:g}")
+    wanted, most = (flops, 1.0) if flops is not None else (tokens, float(n_image))
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted <= most:
+        raise InputError(f"a budget of {wanted!r} is none: it must lie above 0 and at most at {most:g}")
     if n_image < 1 or _prompt(prompt_length, n_image) < n_image or steps < 1:
         raise InputError(f"no run has {n_image} image tokens in a prompt of {prompt_length} and {steps} forward passes")
 
@@ -164,17 +165,21 @@ def fit_budget(
             f"{info.n_image_tokens} tokens, not for {n_image}: leave n_image out"
         )
 
-    def cost(candidate: Method) -> float:
+    candidates = settings(method, n_image, info.n_layers)
+
+    @functools.cache
+    def cost(index: int) -> float:
+        candidate = candidates.make(index)
         if tokens is not None:
             return actual_tokens(candidate, n_layers=info.n_layers, n_image=n_image, steps=steps)
         return cost_ratio(
             candidate, info, convention=convention, prompt_length=prompt_length, steps=steps, n_image=n_image
         )
 
-    candidates = settings(method, n_image, info.n_layers)
-    best, found, lowest, highest = _nearest(candidates, cost, float(wanted))
+    top = candidates.count - 1
+    best = nearest(cost, top, float(wanted))
     measure = f"FLOPs ({convention})" if flops is not None else "tokens a layer"
-    return Fit(best, found, float(wanted), lowest, highest, measure)
+    return Fit(candidates.make(best), cost(best), float(wanted), cost(0), cost(top), measure)
 
 
 def budget(
@@ -221,24 +226,13 @@ def budget(
     )
 
 
-def _nearest(
-    candidates: Settings, cost: Callable[[Method], float], wanted: float
-) -> tuple[Method, float, float, float]:
-    """The candidate whose cost is nearest to `wanted`, its cost, and the costs of the first and the last candidate."""
-    known: dict[int, float] = {}
-
-    def at(index: int) -> float:
-        if index not in known:
-            known[index] = cost(candidates.make(index))
-        return known[index]
-
-    low, high = 0, candidates.count - 1
-    lowest, highest = at(low), at(high)
+def nearest(cost: Callable[[int], float], top: int, wanted: float) -> int:
+    """The argument in 0..top at which a cost that never falls comes nearest to `wanted` (bisection)."""
+    low, high = 0, top
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if at(middle) >= wanted else (middle + 1, high)
-    best = min((index for index in (low - 1, low) if index >= 0), key=lambda index: abs(at(index) - wanted))
-    return candidates.make(best), at(best), lowest, highest
+        low, high = (low, middle) if cost(middle) >= wanted else (middle + 1, high)
+    return min((index for index in (low - 1, low) if index >= 0), key=lambda index: abs(cost(index) - wanted))
 
 
 def nominal_table(n_layers: int = 32, n_image: int = 576) -> pd.DataFrame:

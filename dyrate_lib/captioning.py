@@ -87,6 +87,9 @@ def caption(
 
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is at least 1, not {max_new_tokens}")
+    if flops is not None and method in ("none", "dyrate"):
+        why = ": its budget is set in training, see --predictor" if method == "dyrate" else ""
+        raise InputError(f"--flops does not go with method {method}{why}")
     if flops is not None and rate is not None:
         raise InputError("--flops searches the rate: give one of --flops and --rate")
     picture = load_image(image)

@@ -10,11 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [M, K] of x [M, N, ..]: [M, K, ..]."""
-    shape = (*index.shape, *[1] * (x.ndim - 2))
-    return torch.gather(x, 1, index.view(shape).expand(*index.shape, *x.shape[2:]))
+from .layout import gather_columns
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -60,11 +56,11 @@ def contextual_tokens(features: Tensor, keys: Tensor, n: int) -> Tensor:
         return features[:, :0]
     index = torch.arange(0, rows, rows // n, device=features.device)[:n].expand(m, n)
     rest = complement(index, rows)
-    joins = cosine(take_rows(keys, rest), take_rows(keys, index)).argmax(-1)
+    joins = cosine(gather_columns(keys, rest), gather_columns(keys, index)).argmax(-1)
     member = F.one_hot(joins, n).to(features.dtype)
-    mean = member.transpose(-1, -2) @ take_rows(features, rest)
+    mean = member.transpose(-1, -2) @ gather_columns(features, rest)
     mean = mean / member.sum(1).clamp(min=1)[..., None]
-    return take_rows(features, index) + mean
+    return gather_columns(features, index) + mean
 
 
 # -- PruMerge ----------------------------------------------------------------------------------------------------------
@@ -89,7 +85,7 @@ def merge_nearest(
     attention-weighted sum of the pruned ones.
     """
     n, k = order.shape[1], int(count.max())
-    features, keys = take_rows(features, order), take_rows(keys, order)
+    features, keys = gather_columns(features, order), gather_columns(keys, order)
     weights = torch.gather(attention, 1, order).to(features.dtype)
     own = torch.arange(k, device=order.device)[:, None] == torch.arange(n, device=order.device)
     near = cosine(keys[:, :k], keys).masked_fill(own, -torch.inf).topk(min(nearest, n - 1), dim=-1).indices

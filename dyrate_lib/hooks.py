@@ -9,8 +9,6 @@ reorders the pruning state with the cache.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,8 @@ from torch import Tensor
 from . import masks
 from .attention import image_scores, row_attention, shares_by_type
 from .errors import InputError
-from .layout import gather_columns
+from .hooks_pictures import PictureWatch
+from .layout import gather_columns, take_entries
 from .masks import PAD, RES
 from .methods.base import PRUNED, Method, PruneState
 from .models import Adapter, Prompt
@@ -64,7 +63,7 @@ def _follow_reordering(layer: Any, pruning: _CachedPruning) -> None:
     layer.batch_repeat_interleave = batch_repeat_interleave
 
 
-class StockPruning:
+class StockPruning(PictureWatch):
     """`with method(model) as pruning:` prunes every forward pass of `model`, stock `generate` included.
 
     pruning.kept: list of [B] int64, image tokens read at layers >= P in each forward pass since entering.
@@ -75,13 +74,12 @@ class StockPruning:
     """
 
     def __init__(self, model: Any, method: Method) -> None:
-        self.adapter, self.method, self.model = Adapter(model), method, model
+        super().__init__(Adapter(model))
+        self.method, self.model = method, model
         self.kept: list[Tensor] = []
         self._handles: list[Any] = []
         self._use_cache: Any = None
         self._now: Any = None  # the batch of the pass that runs
-        self._ids: Tensor | None = None
-        self._pictures: dict[str, Any] = {}
 
     def __enter__(self) -> StockPruning:
         if getattr(self.model, _STATE, False):
@@ -129,49 +127,13 @@ class StockPruning:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        vars(self.adapter.core).pop("get_image_features", None)
-        vars(self.model).pop("_expand_inputs_for_generation", None)
         if self.method.refresh:
             self.model.generation_config.use_cache = self._use_cache
         delattr(self.model, _STATE)
-        self._now, self._ids, self._pictures = None, None, {}
+        self._now = None
+        self._forget_pictures()
 
     # -- what a forward pass is ----------------------------------------------------------------------------------
-
-    def _keep_pictures_with_rows(self) -> None:
-        """Where `generate` repeats rows (beams, several sequences), repeat all pictures of a row before those of the next.
-
-        transformers 5.17 repeats picture by picture, so that prompts with several pictures get each other's.
-        """
-        expand, adapter = self.model._expand_inputs_for_generation, self.adapter
-
-        def by_rows(expand_size: int = 1, input_ids: Tensor | None = None, **inputs: Any) -> Any:
-            pictures = {}
-            if expand_size > 1 and adapter.pictures_in_rows and inputs.get("pixel_values") is not None:
-                pictures = adapter.repeat_pictures({**inputs, "input_ids": input_ids}, expand_size)
-            ids, expanded = expand(expand_size=expand_size, input_ids=input_ids, **inputs)
-            return ids, {**expanded, **pictures}
-
-        self.model._expand_inputs_for_generation = by_rows
-
-    def _watch_pictures(self) -> None:
-        """Note the pictures where they are encoded: in the forward pass, or (transformers 5.18 on) before, in `generate`."""
-        encode = self.adapter.core.get_image_features
-
-        names = list(inspect.signature(encode).parameters)
-
-        @functools.wraps(encode)  # transformers asks for its signature
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            features = encode(*args, **kwargs)
-            rows = sum(len(feature) for feature in features.pooler_output)
-            self._pictures = {**dict(zip(names, args, strict=False)), **kwargs, "rows": rows}
-            return features
-
-        self.adapter.core.get_image_features = get_image_features
-
-    def _before_model(self, module: Any, args: tuple, kwargs: dict) -> None:
-        """Note the ids: the language model sees embeddings only, and types come from ids."""
-        self._ids = kwargs.get("input_ids", args[0] if args else None)
 
     def _before_language_model(self, module: Any, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
@@ -181,60 +143,48 @@ class StockPruning:
             self._now = self._start(embeds, kwargs.get("attention_mask"), kwargs.get("position_ids"), cache)
             self._prefilling = True
             return
-        self._now, self._prefilling = getattr(cache, _STATE, None), False
         if self.method.refresh:
             raise InputError(
                 f"{type(self.method).__name__}(refresh=True) prunes anew at every step: call with use_cache=False."
             )
-        if self._now is None:
+        self._now, self._prefilling = self._resumed(cache, embeds), False
+
+    def _resumed(self, cache: Any, embeds: Tensor) -> Any:
+        """What lies on a filled cache, for a pass that brings one new token."""
+        now = getattr(cache, _STATE, None)
+        if now is None:
             raise InputError("This cache was filled outside the pruning context: start generating inside it.")
         if embeds.shape[1] != 1:
             raise InputError(
                 "Several new tokens at once on a filled cache (chunked or assisted decoding) cannot be pruned."
             )
+        return now
 
     def _start(
         self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any
     ) -> _CachedPruning:
-        ids = self._ids
-        if ids is None:
-            raise InputError("Pruning needs input_ids to know where the picture is; inputs_embeds alone do not tell.")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise InputError("Pruning needs a 2-D attention_mask; static and compiled caches prepare another kind.")
-        mask = None if attention_mask is None else attention_mask[:, : ids.shape[1]]
-        adapter = self.adapter
-        pictures, times = self._pictures_of(ids)
-        once = {"input_ids": ids[::times], "attention_mask": None if mask is None else mask[::times], **pictures}
-        prompt = adapter.layout(once, embeds)
+        given, times = self._given(attention_mask)
+        prompt = self.adapter.layout(given, embeds)
         if times > 1:
-            prompt = prompt.select(torch.arange(len(ids) // times).repeat_interleave(times))
+            prompt = prompt.select(torch.arange(len(given["input_ids"])).repeat_interleave(times))
         if position_ids is not None:
-            prompt.position_ids = adapter.stock_positions(position_ids, prompt.types)
+            prompt.position_ids = self.adapter.stock_positions(position_ids, prompt.types)
         pruning = self._pruning(prompt)
         if cache is not None:
-            if any(hasattr(entry, "max_cache_len") for entry in cache.layers):
-                raise InputError("A static cache cannot shrink: use the default (dynamic) cache under pruning.")
-            setattr(cache, _STATE, pruning)
+            self._put_on(cache, pruning)
         return pruning
+
+    def _put_on(self, cache: Any, now: Any) -> None:
+        if any(hasattr(entry, "max_cache_len") for entry in cache.layers):
+            raise InputError(
+                "A static cache is laid out for the unpruned prompt: use the default (dynamic) cache under pruning."
+            )
+        setattr(cache, _STATE, now)
 
     def _pruning(self, prompt: Prompt) -> Any:
         """What a new batch carries with its cache."""
         types, index, key = prompt.types, prompt.image_index, prompt.content_key
         return _CachedPruning(prompt, PruneState(self.method, self.layer, self.adapter.n_layers, types, index, key))
-
-    def _pictures_of(self, ids: Tensor) -> tuple[dict[str, Any], int]:
-        """The pictures behind a batch as they were given to the model, and how many times in a row `generate` repeated
-        each prompt after encoding them."""
-        total = int((ids == self.adapter.image_token_id).sum())
-        if not total:
-            return {}, 1
-        rows = self._pictures.get("rows", 0)
-        if not rows or total % rows or ids.shape[0] % (total // rows):
-            raise InputError(
-                f"The prompts hold {total} image tokens, but the pictures encoded under pruning give {rows}: give each "
-                "picture one <image> placeholder and pass its pixel_values inside the context."
-            )
-        return {key: self._pictures.get(key) for key in self.adapter.inputs}, total // rows
 
     # -- layer P - 1 tells, layers >= P obey ---------------------------------------------------------------------
 
@@ -273,7 +223,7 @@ class StockPruning:
             cache = kwargs.get("past_key_values")
             if self._prefilling and cache is not None:
                 layer, places = cache.layers[index], torch.argsort(self._slots, dim=-1)
-                layer.keys, layer.values = _pick(layer.keys, places), _pick(layer.values, places)
+                layer.keys, layer.values = take_entries(layer.keys, places), take_entries(layer.values, places)
 
         return hook
 
@@ -287,7 +237,7 @@ class StockPruning:
             now.padded = not bool(now.text.all())
             self._slots = torch.argsort(torch.where(occupied, columns, -1), dim=-1, stable=True)
             self._columns = torch.gather(columns, 1, self._slots)
-            hidden = torch.gather(hidden, 1, self._columns[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = gather_columns(hidden, self._columns)
             cache = kwargs.get("past_key_values")
             if cache is not None:
                 while len(cache.layers) <= index:
@@ -333,11 +283,6 @@ class StockPruning:
             return readable
         allowed = readable[:, None, None] if columns is None else masks.causal_allowed(columns, readable)
         return _additive(allowed, dtype)
-
-
-def _pick(entries: Tensor, places: Tensor) -> Tensor:
-    """Keys or values [B, heads, T, d] in the order of `places` [B, T]."""
-    return torch.gather(entries, 2, places[:, None, :, None].expand(-1, entries.shape[1], -1, entries.shape[3]))
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,6 @@ so that any attention takes it. What belongs to a batch lies on its cache and fo
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from .errors import InputError
-from .hooks import _STATE, StockPruning, _follow_reordering
+from .hooks import StockPruning, _follow_reordering
 from .layout import Prompt
 from .masks import INS, PAD, RES
 from .methods.before import BeforeLLM, watch_tower
@@ -71,19 +68,10 @@ class StockReduction(StockPruning):
             for handle in watch_tower(adapter, self._seen):
                 add(handle)
 
-    def _watch_pictures(self) -> None:
+    def _before_pictures(self, given: dict[str, Any]) -> None:
         """Check the pictures before they are encoded, and forget what the tower made of earlier ones."""
-        super()._watch_pictures()
-        encode = self.adapter.core.get_image_features
-        names = list(inspect.signature(encode).parameters)
-
-        @functools.wraps(encode)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            self.method.check(self.adapter, {**dict(zip(names, args, strict=False)), **kwargs})
-            self._seen.clear()
-            return encode(*args, **kwargs)
-
-        self.adapter.core.get_image_features = get_image_features
+        self.method.check(self.adapter, given)
+        self._seen.clear()
 
     def _before_language_model(self, module: Any, args: tuple, kwargs: dict) -> Any:
         cache: Any = kwargs.get("past_key_values")
@@ -100,13 +88,7 @@ class StockReduction(StockPruning):
             mask, positions = now.real, prompt.position_ids
             kwargs["inputs_embeds"] = prompt.embeds
         else:
-            now = getattr(cache, _STATE, None)
-            if now is None:
-                raise InputError("This cache was filled outside the pruning context: start generating inside it.")
-            if kwargs["inputs_embeds"].shape[1] != 1:
-                raise InputError(
-                    "Several new tokens at once on a filled cache (chunked or assisted decoding) cannot be pruned."
-                )
+            now = self._resumed(cache, kwargs["inputs_embeds"])
             mask = F.pad(now.real, (0, filled + 1 - now.real.shape[1]), value=True)
             positions = now.last + filled + 1 - now.real.shape[1]
         self.kept.append(now.kept.clone())
@@ -115,23 +97,15 @@ class StockReduction(StockPruning):
         return args, kwargs
 
     def _attach(self, cache: Any, now: Any) -> None:
-        if any(hasattr(entry, "max_cache_len") for entry in cache.layers):
-            raise InputError("A static cache is made for the unpruned prompt: use the default (dynamic) cache under pruning.")
+        self._put_on(cache, now)
         if not cache.layers:
             cache.layers.append(cache.layer_class_to_replicate())
-        setattr(cache, _STATE, now)
         _follow_reordering(cache.layers[0], now)
 
     def _reduced(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Prompt:
         """The batch's prompts with their pictures cut."""
-        ids, adapter = self._ids, self.adapter
-        if ids is None:
-            raise InputError("Pruning needs input_ids to know where the picture is; inputs_embeds alone do not tell.")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise InputError("Pruning needs a 2-D attention_mask; static and compiled caches prepare another kind.")
-        pictures, times = self._pictures_of(ids)
-        mask = None if attention_mask is None else attention_mask[::times, : ids.shape[1]]
-        inputs = {"input_ids": ids[::times], "attention_mask": mask, **pictures}
+        adapter, ids = self.adapter, self._ids
+        inputs, times = self._given(attention_mask)
         prompt = adapter.layout(inputs, embeds[::times])
         if prompt.position_ids.ndim > 2 and position_ids is not None:  # kept ones, so those that stock would use
             every = prompt.types.repeat_interleave(times, dim=0)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .hooks import StockPruning, _follow_reordering
+from .layout import take_entries
 from .methods.staged import Staged
 from .models import Prompt
-from .staged_state import StagedState, take_entries
+from .staged_state import StagedState
 
 
 class _CachedStages:

@@ -73,6 +73,11 @@ def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
     return torch.gather(x, 1, index)
 
 
+def take_entries(cache: Tensor, columns: Tensor) -> Tensor:
+    """Columns [B, R] of keys or values [B, heads, S, d]: [B, heads, R, d]."""
+    return torch.gather(cache, 2, columns[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3]))
+
+
 def token_types(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> Tensor:
     """Type of every prompt token by its position: [B, T] int64 of PAD, SYS, IMG, INS.
 

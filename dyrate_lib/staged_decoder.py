@@ -7,10 +7,11 @@ from torch import Tensor
 
 from .attention import attend, padding_allowed, row_attention, shares_by_type
 from .decoder import Snapshot
+from .layout import take_entries
 from .masks import PAD
 from .methods.staged import Staged
 from .models import Adapter, Prompt
-from .staged_state import StagedState, take_entries
+from .staged_state import StagedState
 
 
 class StagedDecoder:

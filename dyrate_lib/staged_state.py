@@ -31,11 +31,6 @@ def columns_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     return columns, torch.gather(mask, 1, columns)
 
 
-def take_entries(cache: Tensor, columns: Tensor) -> Tensor:
-    """Columns [B, R] of keys or values [B, heads, S, d]: [B, heads, R, d]."""
-    return torch.gather(cache, 2, columns[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3]))
-
-
 @dataclass
 class Rows:
     """A sequence as a layer receives it. types [B, S] (PAD, SYS, IMG, INS); original [B, S]: which image token of the

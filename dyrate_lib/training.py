@@ -16,21 +16,12 @@ from torch import Tensor
 
 from . import masks
 from .accounting import flop_steps
-from .attention import (
-    causal_layer,
-    image_scores,
-    padding_allowed,
-    row_attention,
-    shares_by_type,
-    with_response,
-)
 from .errors import InputError
 from .loading import prepare_inputs
-from .masked_attention import masked_attention
-from .masks import PAD
 from .models import Adapter, ModelInfo, Prompt, model_info
 from .predictor import RatePredictor
 from .prompts import chat_prompt
+from .teacher_forcing import TeacherForced, masked_logits, read_prompt_and_response
 
 _SCALING_BATCHES = 8  # batches whose shares set the scale of the classifier's inputs
 _WARM_STEPS, _WARM_LR = 200, 0.05  # the bias is fitted to the budget first; this costs no pass of the model
@@ -42,62 +33,6 @@ class TrainResult:
 
     predictor: RatePredictor
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class TeacherForced:
-    """One teacher-forced pass up to the input of layer P.
-
-    x [B, T + R, D]: hidden states; shares [B, R, H, 4]: features of the rows that predict the R response tokens;
-    scores [B, N]: importance of the image tokens; rotary, types, readable as the layers >= P need them.
-    """
-
-    prompt: Prompt
-    x: Tensor
-    shares: Tensor
-    scores: Tensor
-    rotary: tuple[Tensor, Tensor]
-    layer: int
-    steps: int
-
-    @property
-    def ranking(self) -> Tensor:
-        """[B, N] int64: FastV's rule, ranked once by the last prompt row."""
-        return masks.rank_tokens(self.scores)
-
-
-@torch.no_grad()
-def read_prompt_and_response(adapter: Adapter, prompt: Prompt, response_ids: Tensor, layer: int) -> TeacherForced:
-    """Run layers 0..P-1 on prompt and response, unpruned. response_ids: [B, R] int64."""
-    steps = response_ids.shape[1]
-    x, types, position_ids = with_response(adapter, prompt, response_ids)
-    rotary, allowed = adapter.rotary(position_ids, x), padding_allowed(types)
-    start, total = prompt.types.shape[1] - 1, types.shape[1]
-    for index in range(layer):
-        x, q, k, _ = causal_layer(adapter, index, x, rotary, allowed)
-    rows = torch.arange(start, start + steps, device=types.device)
-    readable = (torch.arange(total, device=types.device) <= rows[:, None]) & (types != PAD)[:, None]
-    attention = row_attention(q[:, :, rows], k, readable)
-    shares = shares_by_type(attention, types)
-    scores = image_scores(attention[:, :, :1], prompt.image_index)
-    return TeacherForced(prompt, x, shares, scores, rotary, layer, steps)
-
-
-def masked_logits(adapter: Adapter, forced: TeacherForced, image_keep: Tensor) -> Tensor:
-    """Layers >= P under masks, and the logits of the response: [B, R, vocab].
-
-    image_keep: [B, R, N] over the ranking; row t is the mask of the row that predicts response token t (row 0: every
-    prompt row). The row of the last response token predicts nothing here, it repeats the mask before it.
-    """
-    raster = masks.ranking_to_tokens(image_keep, forced.ranking[:, None])
-    raster = torch.cat((raster, raster[:, -1:]), dim=1)
-    mask = masks.response_mask(raster, forced.prompt.image_index, forced.prompt.types, forced.steps)
-    x = forced.x
-    for index in range(forced.layer, adapter.n_layers):
-        q, k, v = adapter.project(index, adapter.normed_input(index, x), forced.rotary)
-        x = adapter.finish(index, x, masked_attention(q, k, v, mask))
-    start = forced.prompt.types.shape[1] - 1
-    return adapter.logits(x[:, start : start + forced.steps])
 
 
 def flops_table(

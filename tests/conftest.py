@@ -75,3 +75,16 @@ def alone(tiny, pictures):
     from dyrate_lib import chat_prompt, prepare_inputs
 
     return lambda b: prepare_inputs(tiny[1], [pictures[b]], [chat_prompt(PROMPTS[b])])
+
+
+@pytest.fixture
+def scores_without_java(monkeypatch):
+    """A study's scores as a number made from the length of each reply."""
+    from dyrate_lib.experiments.context import Study
+    from dyrate_lib.metrics import CaptionScores
+
+    def scores(self, record, role):
+        values = np.array([10.0 + len(row["text"]) % 7 for row in record["payload"]])
+        return CaptionScores(float(values.mean()), 1.0, 2.0, tuple(row["id"] for row in record["payload"]), values)
+
+    monkeypatch.setattr(Study, "scores", scores)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dyrate_lib import DepthPrune, RatePath, RatePredictor, ResourceError
+from dyrate_lib import DepthPrune, RatePath, RatePredictor
 from dyrate_lib.accounting import flops
 from dyrate_lib.compare import claims
 from dyrate_lib.experiments import ablations, budgets, open_study
+from tests.test_metrics import needs_java
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +87,9 @@ def test_strategies(study):
     assert ablations.decodings(full, "top-k")[0]["top_k"] == 6
 
 
+@needs_java
 def test_tables_figures_and_quantities(study):
-    try:
-        table = ablations.decoding_table(study)
-    except ResourceError as error:
-        pytest.skip(str(error))
+    table = ablations.decoding_table(study)
     assert table["paper, CIDEr (LLaVA-1.5-7B, Nocaps)"].tolist()[:4] == [106.74, 109.06, 108.28, 109.57]
     assert table["unpruned, minus greedy"][0] == "0.00 [0.00, 0.00]"
     pruning = ablations.pruning_table(study)

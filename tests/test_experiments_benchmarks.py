@@ -14,7 +14,6 @@ from dyrate_lib.compare import claims
 from dyrate_lib.experiments import Study, benchmark_tables, benchmarks, open_study
 from dyrate_lib.experiments.benchmarks import Row
 from dyrate_lib.experiments.training_runs import LAYER, N_RATES
-from dyrate_lib.metrics import CaptionScores
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +38,7 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture
-def scored(study, monkeypatch):
-    """The study with scores that need no Java: a number made from the length of each reply."""
-
-    def scores(self, record, role):
-        values = np.array([10.0 + len(row["text"]) % 7 for row in record["payload"]])
-        return CaptionScores(float(values.mean()), 1.0, 2.0, tuple(row["id"] for row in record["payload"]), values)
-
-    monkeypatch.setattr(Study, "scores", scores)
+def scored(study, scores_without_java):
     vars(study).pop("_remembered", None)
     yield study
     vars(study).pop("_remembered", None)

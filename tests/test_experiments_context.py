@@ -12,6 +12,7 @@ from PIL import Image
 from dyrate_lib import DyRateError, FastV, InputError, RatePredictor, ResourceError, paths
 from dyrate_lib.experiments import SCALES, StageDone, open_study, resolve_scale
 from dyrate_lib.experiments.__main__ import MODULES, main
+from tests.test_metrics import needs_java
 
 TINY = {"scale": "smoke", "model_small": "random:tiny", "model_base": "random:tiny"}
 
@@ -152,14 +153,12 @@ def test_a_coco_folder_plays_every_role(tmp_path):
     assert str(tmp_path) not in json.dumps(record["config"])
 
 
+@needs_java
 def test_scores_need_java_once(study, monkeypatch):
     import dyrate_lib.metrics as metrics
 
     record = study.captions("small", "coco", max_new_tokens=3)
-    try:
-        first = study.scores(record, "coco")
-    except ResourceError as error:
-        pytest.skip(str(error))
+    first = study.scores(record, "coco")
     monkeypatch.setattr(metrics, "caption_scores", lambda *_: pytest.fail("scored again"))
     again = open_study("07_verdict", records="fresh", out=str(study.out), progress=False, **TINY).scores(record, "coco")
     assert again.ids == first.ids and again.cider == first.cider

@@ -12,7 +12,6 @@ import torch
 from dyrate_lib import InputError, RatePredictor, generate
 from dyrate_lib.evaluate import batches
 from dyrate_lib.experiments import (
-    Study,
     benchmarks,
     efficiency,
     equal_budget,
@@ -23,7 +22,6 @@ from dyrate_lib.experiments import (
 from dyrate_lib.experiments.kept_positions import KEPT, RENUMBER, with_positions
 from dyrate_lib.experiments.training_runs import LAYER, N_RATES
 from dyrate_lib.methods import DivPrune, FastV, PyramidDrop
-from dyrate_lib.metrics import CaptionScores
 from dyrate_lib.models import Adapter
 
 
@@ -47,14 +45,7 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture
-def scored(study, monkeypatch):
-    """The study with scores that need no Java."""
-
-    def scores(self, record, role):
-        values = np.array([10.0 + len(row["text"]) % 7 for row in record["payload"]])
-        return CaptionScores(float(values.mean()), 1.0, 2.0, tuple(row["id"] for row in record["payload"]), values)
-
-    monkeypatch.setattr(Study, "scores", scores)
+def scored(study, scores_without_java):
     return study
 
 
@@ -175,7 +166,7 @@ def test_measuring_leaves_the_method_alone(study):
 
 def test_compute_makes_every_record_that_the_tables_read(study, monkeypatch):
     benchmarks.compute(study)
-    monkeypatch.setattr("dyrate_lib.experiments.context.predict", lambda *_, **__: pytest.fail("computed later"))
+    monkeypatch.setattr("dyrate_lib.experiments.cells.predict", lambda *_, **__: pytest.fail("computed later"))
     vars(study).pop("_remembered", None)
     equal_budget.equal_rows(study, "small", "coco")
     equal_budget.curve(study, "small", "coco")

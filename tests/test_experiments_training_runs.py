@@ -11,7 +11,7 @@ import torch
 
 from dyrate_lib import RatePath, RatePredictor, accounting
 from dyrate_lib.compare import claims
-from dyrate_lib.experiments import gradient_check, open_study, pipeline_figure, training_runs, training_tables
+from dyrate_lib.experiments import budgets, gradient_check, open_study, pipeline_figure, training_runs, training_tables
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,11 @@ def test_a_smoke_proof_is_not_taken_for_a_shipped_predictor(study, tmp_path):
     assert not (tmp_path / "predictors").exists()
 
 
+def held(info, kept, layer):
+    """`kept` image tokens from `layer` on."""
+    return lambda n: np.where(np.arange(info.n_layers) < layer, n, min(kept, n))
+
+
 def test_constant_ratio_is_the_accounting(study):
     info, shapes = study.info("small"), [(80, 36, 5), (70, 36, 3), (80, 36, 5)]
     for kept in (0, 7, 36):
@@ -71,17 +76,15 @@ def test_constant_ratio_is_the_accounting(study):
             table = np.full((steps, info.n_layers), n_image)
             table[:, 3:] = kept
             ratios.append(accounting.flops(info, length, n_image, table, "paper").ratio)
-        assert training_runs.constant_ratio(study, "small", shapes, kept, 3) == pytest.approx(
-            np.mean(ratios), rel=1e-12
-        )
+        assert budgets.constant_ratio(info, shapes, held(info, kept, 3)) == pytest.approx(np.mean(ratios), rel=1e-12)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 20, 36])
 def test_kept_for_ratio_finds_the_count(study, kept):
-    rows = [{"prompt_length": 90, "n_image": 36, "steps": s, "flops": {}} for s in (3, 6)]
+    info, rows = study.info("small"), [{"prompt_length": 90, "n_image": 36, "steps": s, "flops": {}} for s in (3, 6)]
     for row in rows:
         shape = [(90, 36, row["steps"])]
-        row["flops"] = {"paper": training_runs.constant_ratio(study, "small", shape, kept, training_runs.LAYER)}
+        row["flops"] = {"paper": budgets.constant_ratio(info, shape, held(info, kept, training_runs.LAYER))}
     assert training_runs.kept_for_ratio(study, "small", [{"payload": rows}]) == kept
 
 

@@ -8,15 +8,13 @@ import pytest
 import torch
 
 from dyrate_lib import DyRate, InputError, RatePredictor, generate, masks
-from dyrate_lib.masked_attention import masked_attention
 from dyrate_lib.models import Adapter, model_info
+from dyrate_lib.teacher_forcing import masked_attention, masked_logits, read_prompt_and_response
 from dyrate_lib.training import (
     FlopsRatio,
     encode_responses,
     flops_table,
     hard_distribution,
-    masked_logits,
-    read_prompt_and_response,
     train_predictor,
 )
 

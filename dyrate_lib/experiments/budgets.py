@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..accounting import paper_layer_flops
+from ..budgets import nearest
 from ..methods import DepthPrune, RatePath
 from ..models import ModelInfo
-from .context import Record
+from .cells import Record
 
 PAPER_LAYER = 3  # of FP and DP in Table IVb
 FIXED_RATIO, DEPTH_RATIO = 0.288, 0.581  # what FP and DP cost in Table IVb
@@ -38,14 +39,19 @@ def constant_ratio(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], kept
     return total / len(shapes)
 
 
-def fixed_for(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], ratio: float, layer: int = PAPER_LAYER) -> RatePath:
-    """The fixed rate whose cost comes nearest to `ratio`; keeps at least no token and at most all."""
-    n_image = max(n for _, n, _ in shapes)
+def kept_for(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], ratio: float, layer: int) -> int:
+    """The image tokens kept from `layer` on, at every step, whose cost comes nearest to `ratio`."""
 
     def cost(count: int) -> float:
         return constant_ratio(info, shapes, lambda n: np.where(np.arange(info.n_layers) < layer, n, min(count, n)))
 
-    return RatePath(layer, ((n_image - _nearest(cost, n_image, ratio)) / n_image,))
+    return nearest(cost, max(n for _, n, _ in shapes), ratio)
+
+
+def fixed_for(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], ratio: float, layer: int = PAPER_LAYER) -> RatePath:
+    """The fixed rate whose cost comes nearest to `ratio`; keeps at least no token and at most all."""
+    n_image = max(n for _, n, _ in shapes)
+    return RatePath(layer, ((n_image - kept_for(info, shapes, ratio, layer)) / n_image,))
 
 
 def depth_for(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], ratio: float, layer: int = PAPER_LAYER) -> DepthPrune:
@@ -56,22 +62,13 @@ def depth_for(info: ModelInfo, shapes: Sequence[tuple[int, int, int]], ratio: fl
         shares = np.array([1 - rates.get(index, 0.0) for index in range(info.n_layers)])
         return constant_ratio(info, shapes, lambda n: np.round(n * shares))
 
-    return DepthPrune(depth_rates(info.n_layers, 1 - _nearest(cost, 1000, ratio) / 1000, layer))
+    return DepthPrune(depth_rates(info.n_layers, 1 - nearest(cost, 1000, ratio) / 1000, layer))
 
 
 def depth_rates(n_layers: int, first: float, layer: int = PAPER_LAYER) -> dict[int, float]:
     """Share removed at each layer from `layer` on: `first` there, all at the last layer, linear between."""
     span = max(n_layers - 1 - layer, 1)
     return {index: round(first + (1 - first) * (index - layer) / span, 6) for index in range(layer, n_layers)}
-
-
-def _nearest(cost: Callable[[int], float], top: int, wanted: float) -> int:
-    """The argument in 0..top at which a rising cost comes nearest to the wanted one."""
-    low, high = 0, top
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle) >= wanted else (middle + 1, high)
-    return min((k for k in (low - 1, low) if k >= 0), key=lambda k: abs(cost(k) - wanted))
 
 
 def depth_on_llava() -> str:

@@ -7,31 +7,23 @@ into tables and figures. With every record present neither weights nor a GPU are
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import paths
 from ..datasets import CaptionDataset, open_dataset
 from ..errors import DyRateError, InputError, ResourceError
-from ..evaluate import MethodFor, describe, predict
 from ..loading import SCENES, load_vlm
 from ..methods import VTW, DyRate, FastV, Method, NoReduction, RandomPrune
 from ..models import ModelInfo, model_info
 from ..predictor import RatePredictor
-from ..store import Store, get_or_run, run_items
+from ..store import Store
+from .cells import Record, StudyCells
 from .output import StudyOutput
 from .scales import Scale, resolve_scale
-
-if TYPE_CHECKING:
-
-    from ..metrics import CaptionScores
-
-Record = dict[str, Any]
 
 ROLE_SPECS = {
     "coco": "scenes:short:test", "nocaps": "scenes:short:novel", "flickr30k": "scenes:narrative:test",
@@ -53,7 +45,7 @@ class StageDone(DyRateError):
 
 
 @dataclasses.dataclass
-class Study(StudyOutput):
+class Study(StudyCells, StudyOutput):
     """One notebook's view of the study; make it with `open_study`. `keys` names the models: "small" and "base"."""
 
     notebook: str
@@ -231,128 +223,12 @@ class Study(StudyOutput):
             self._ids[key] = [item.id for item in dataset]
         return self._ids[key]
 
-    # -- records ---------------------------------------------------------------------------------------------------
-
-    def each(self, items: Iterable[Any], what: str) -> Iterable[Any]:
-        """The items, under a progress bar that shows itself only where the work takes a while."""
-        from tqdm import tqdm
-
-        return tqdm(list(items), desc=f"{self.notebook}: {what}", delay=2, disable=not self.progress)
-
-    def record(
-        self, name: str, config: Mapping[str, Any], fn: Callable[[], Any], *, models: Sequence[str] = (),
-        inputs: Sequence[str | Path] = (), about: Mapping[str, Any] | None = None, store: Store | None = None,
-    ) -> Record:  # fmt: skip
-        """get_or_run in this study's store (or `store`); names and weights of `models` enter the key, `inputs` too."""
-        config = {**config, "models": [Path(self.model_name(key)).name for key in models]}
-        files = [folder for key in models for folder in self.weights(key)] + list(inputs)
-        about = {**({"dtype": self.dtype(models[0])} if models else {}), **(about or {})}
-        return self._once(
-            [name, config, files], lambda: get_or_run(name, config, fn, store=store or self.store, inputs=files, about=about)
-        )
-
-    def _once(self, what: list[Any], get: Callable[[], Record]) -> Record:
-        """A record read once per study: tables and figures ask for the same ones again and again."""
-        key = json.dumps(what, sort_keys=True, default=str)
-        if key not in self._read:
-            self._read[key] = get()
-        return self._read[key]
-
-    def captions(
-        self, key: str, role: str, method: Method | None = None, *, decoding: Mapping[str, Any] | None = None,
-        n: int | None = None, max_new_tokens: int | None = None,
-    ) -> Record:  # fmt: skip
-        """Replies of a model to the set in a role, under a method; payload: the list of `evaluate.predict`.
-
-        The same cell asked for by another notebook is the same record.
-        """
-        return self._cell(key, role, method, describe(method), decoding, n, max_new_tokens)
-
-    def per_picture(
-        self, key: str, role: str, factory: MethodFor, config: Mapping[str, Any], *, n: int | None = None,
-        max_new_tokens: int | None = None,
-    ) -> Record:  # fmt: skip
-        """As `captions`, for a method that differs by picture: factory(indices of a batch) -> Method; config says what it is."""
-        return self._cell(key, role, factory, dict(config), None, n, max_new_tokens)
-
-    def _cell(
-        self, key: str, role: str, method: Method | MethodFor | None, description: dict[str, Any],
-        decoding: Mapping[str, Any] | None, n: int | None, max_new_tokens: int | None,
-    ) -> Record:  # fmt: skip
-        dataset = self.dataset(role, n)
-        longest = max_new_tokens or (4 if role == "questions" else self.scale.max_new_tokens)
-        config = {
-            "model": Path(self.model_name(key)).name, "data": dataset.identity, "method": description,
-            "decoding": dict(decoding or {}), "max_new_tokens": longest,
-        }  # fmt: skip
-        if (decoding or {}).get("do_sample"):
-            config["batch_size"] = self.scale.batch_size  # a draw depends on the batch it is made in
-
-        def run(indices: list[int]) -> list[dict[str, Any]]:
-            model, processor = self.model(key)
-            return predict(
-                model, processor, dataset, method, max_new_tokens=longest, batch_size=self.scale.batch_size,
-                decoding=decoding, indices=indices, progress=False,
-            )  # fmt: skip
-
-        def get() -> Record:
-            record = run_items(
-                "captions", config, list(range(len(dataset))), run, store=self.store, batch_size=self.scale.batch_size,
-                inputs=self.weights(key), ids=self.ids(dataset), about={"dtype": self.dtype(key)},
-                progress=self.progress and len(dataset) > 4 * self.scale.batch_size,
-            )  # fmt: skip
-            return {**record, "payload": record["payload"]["results"]}
-
-        return self._once(["captions", config, self.weights(key)], get)
-
-    def scores(self, record: Record, role: str) -> CaptionScores:
-        """CIDEr, BLEU-4 and ROUGE-L of a record of captions. Kept in the store, so Java is needed the first time only."""
-        said = {entry["id"]: entry["text"] for entry in record["payload"]}
-        dataset = self.dataset(role, len(said))
-
-        def fn() -> dict[str, Any]:
-            from ..metrics import caption_scores
-
-            return _plain_scores(caption_scores(said, dataset.references()))
-
-        digest = hashlib.sha256(json.dumps(sorted(said.items())).encode()).hexdigest()
-        config = {"predictions": digest, "data": dataset.identity}
-        found = self._once(["scores", config], lambda: get_or_run("scores", config, fn, store=self.scores_store))
-        return _as_scores(found["payload"])
-
-    def reference_scores(self, role: str, n: int | None = None) -> CaptionScores:
-        """What one reference scores against the others of its picture (leave one out): the level of human agreement."""
-        dataset = self.dataset(role, n)
-
-        def fn() -> dict[str, Any]:
-            from ..metrics import leave_one_out
-
-            return _plain_scores(leave_one_out(dataset.references()))
-
-        config = {"predictions": "leave one out", "data": dataset.identity}
-        return _as_scores(get_or_run("scores", config, fn, store=self.scores_store)["payload"])
+    # -- the end ------------------------------------------------------------------------------------------------------
 
     def end_of_records(self) -> None:
         """Stops the notebook here if only its records were asked for (stage = "records")."""
         if self.records_only:
             raise StageDone(f"{self.notebook}: all records are there; stopped as asked (stage = 'records')")
-
-
-def _plain_scores(scores: CaptionScores) -> dict[str, Any]:
-    return {
-        "cider": scores.cider, "bleu4": scores.bleu4, "rouge_l": scores.rouge_l, "ids": list(scores.ids),
-        "per_image_cider": [round(value, 6) for value in scores.per_image_cider.tolist()],
-    }  # fmt: skip
-
-
-def _as_scores(payload: Mapping[str, Any]) -> CaptionScores:
-    import numpy as np
-
-    from ..metrics import CaptionScores
-
-    return CaptionScores(
-        payload["cider"], payload["bleu4"], payload["rouge_l"], tuple(payload["ids"]), np.asarray(payload["per_image_cider"])
-    )
 
 
 def open_study(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..methods import RatePath
 from ..models import Adapter
 from ..predictor import RatePredictor
 from ..training import encode_responses, masked_logits, read_prompt_and_response, train_predictor
+from .budgets import kept_for, reply_shapes
 from .context import Record, Study
 from .gradient_check import TEMPERATURES, gradient_demonstration
 
@@ -254,38 +255,8 @@ def kept_for_ratio(study: Study, key: str, cells: Sequence[Record], layer: int =
 
     Cost is the FLOPs ratio in the paper's convention, for the same prompts and reply lengths.
     """
-    wanted_ratio = float(np.mean([row["flops"]["paper"] for cell in cells for row in cell["payload"]]))
-    shapes = [(row["prompt_length"], row["n_image"], row["steps"]) for cell in cells for row in cell["payload"]]
-    low, high = 0, max(n for _, n, _ in shapes)
-    while (
-        low < high
-    ):  # the ratio rises with the count: the smallest count at or above the wanted ratio, then its neighbour
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle) if constant_ratio(study, key, shapes, middle, layer) >= wanted_ratio else (middle + 1, high)
-        )
-    both = [k for k in (low - 1, low) if k >= 0]
-    return min(both, key=lambda k: abs(constant_ratio(study, key, shapes, k, layer) - wanted_ratio))
-
-
-def constant_ratio(study: Study, key: str, shapes: Sequence[tuple[int, int, int]], kept: int, layer: int) -> float:
-    """Mean FLOPs ratio (paper's convention) over (prompt_length, n_image, steps) with `kept` image tokens from `layer` on."""
-    from ..accounting import paper_layer_flops
-
-    info = study.info(key)
-    ratios = []
-    for (length, n_image, steps), count in _counted(shapes):
-        full = np.asarray(length + np.arange(steps), dtype=np.float64)
-        pruned = full - n_image + min(kept, n_image)
-        whole, part = (float(paper_layer_flops(n, info.hidden, info.mlp).sum()) for n in (full, pruned))
-        ratios.append((count, (layer * whole + (info.n_layers - layer) * part) / (info.n_layers * whole)))
-    return sum(count * ratio for count, ratio in ratios) / len(shapes)
-
-
-def _counted(shapes: Sequence[tuple[int, int, int]]) -> Iterator[tuple[tuple[int, int, int], int]]:
-    from collections import Counter
-
-    yield from Counter(map(tuple, shapes)).items()
+    ratio = float(np.mean([row["flops"]["paper"] for cell in cells for row in cell["payload"]]))
+    return kept_for(study.info(key), [shape for cell in cells for shape in reply_shapes(cell)], ratio, layer)
 
 
 def dyrate_cells(study: Study, key: str, role: str = "coco", target: float = BUDGET) -> list[Record]:

@@ -145,11 +145,12 @@ def verdict_line(measured: dict[str, Any]) -> str:
 
 
 def missing_line(measured: dict[str, Any]) -> str:
-    """How many claims could not be judged, and why the first of them could not."""
+    """Which claims could not be judged, and why the first of them could not."""
     found = [verdict for verdict in judge_all(measured).values() if verdict.verdict == CANNOT_JUDGE]
     if not found:
         return "every claim could be judged"
-    return f"{len(found)} claims cannot be judged from these records; {found[0].claim}: {found[0].evidence}"
+    names = ", ".join(verdict.claim for verdict in found)
+    return f"cannot be judged from these records: {names}; {found[0].claim}: {found[0].evidence}"
 
 
 __all__ = [

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoder import take_rows
 from ..errors import InputError
-from ..layout import image_columns
+from ..layout import gather_columns, image_columns
 from ..masks import IMG, INS, PAD
 from .base import Method
 
@@ -71,7 +70,7 @@ class Reduction:
         """Tokens picks [M, K] (in order of importance) as they are, in raster order."""
         patch = picks.sort(-1).values
         count = torch.full_like(picks[:, 0], picks.shape[1])
-        return cls(take_rows(view.embeds, patch), count, patch, picks)
+        return cls(gather_columns(view.embeds, patch), count, patch, picks)
 
 
 class BeforeLLM(Method):

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..encoder import cls_attention, complement, contextual_tokens, rank, take_rows
+from ..encoder import cls_attention, complement, contextual_tokens, rank
 from ..errors import InputError
+from ..layout import gather_columns
 from .before import BeforeLLM, EncoderView, Reduction
 
 
@@ -57,8 +58,8 @@ class VisionZip(BeforeLLM):
         chosen = torch.cat((cls, picks.sort(-1).values + 1), dim=1)
         rest = complement(chosen, states.shape[1])
         keys = k.unflatten(-1, (adapter.n_vision_heads, -1)).mean(-2)
-        merged = contextual_tokens(take_rows(states, rest), take_rows(keys, rest), self.contextual)
-        return torch.cat((take_rows(states, chosen), merged), dim=1), picks
+        merged = contextual_tokens(gather_columns(states, rest), gather_columns(keys, rest), self.contextual)
+        return torch.cat((gather_columns(states, chosen), merged), dim=1), picks
 
     def reduce(self, view: EncoderView) -> Reduction:
         features, picks = self.zip(view)
