@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dyrate_lib import paths
 from dyrate_lib.errors import InputError, ResourceError
+
+log = logging.getLogger(__name__)
 
 METHODS = (
     "none", "random", "fastv", "vtw", "dyrate", "sparsevlm", "pyramiddrop", "st3", "visionzip", "prumerge", "prumerge+",
@@ -30,6 +36,45 @@ class Caption:
     saved: dict[str, float]
     files: list[Path]
     method: Any
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values: {text, words, kept, n_image, flops_saved, method, files}."""
+        from dyrate_lib.evaluate import describe
+
+        return {
+            "text": self.text, "words": self.words, "kept": self.kept, "n_image": self.n_image, "flops_saved": self.saved,
+            "method": describe(self.method), "files": [str(file) for file in self.files],
+        }  # fmt: skip
+
+
+class Progress:
+    """A bar over the tokens of a reply on standard error; `generate` feeds it as a streamer. Nothing is drawn unless enabled."""
+
+    def __init__(self, total: int, enabled: bool = True) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit="token", disable=not enabled, leave=False, bar_format="{desc}  {bar:24} {n} {unit}s")
+        self._prompt = True
+
+    def say(self, stage: str) -> None:
+        """Name what is being done now."""
+        self._bar.set_description_str(stage)
+        log.info("%s", stage)
+
+    def put(self, tokens: Any) -> None:
+        """One step's token; the first call is the prompt."""
+        if not self._prompt:
+            self._bar.update(1)
+        self._prompt = False
+
+    def end(self) -> None:
+        """The reply is complete."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def default_predictor(model_name: str) -> Path:
@@ -66,15 +111,31 @@ def make_method(name: str, model_name: str, layer: int | None, rate: float | Non
     return named(name)  # as released
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own bar over weights: loading takes moments, and a bar of ours is there."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
+
+
 def caption(
     image: str | Path, model_name: str = "scenes-small", method: str = "none", *, layer: int | None = None,
     rate: float | None = None, flops: float | None = None, predictor: str | None = None, prompt: str = DEFAULT_PROMPT,
-    max_new_tokens: int = 64, device: str | None = None, out: str | Path | None = None,
+    max_new_tokens: int = 64, device: str | None = None, out: str | Path | None = None, engine: str | None = None,
+    progress: Progress | None = None,
 ) -> Caption:  # fmt: skip
     """Caption one picture greedily and write its masks to `out`/masks_<picture>_<method>.pdf and .png (default build/captions).
 
     Methods run at their released settings; flops: a share of the unpruned FLOPs (paper's convention) that the method's
-    setting is searched for instead (`budgets.budget`, for a reply of 20 tokens).
+    setting is searched for instead (`budgets.budget`, for a reply of 20 tokens). engine: as in `generate`. progress: is told
+    of every stage and token.
 
     Raises InputError for a bad picture, prompt or option and ResourceError for missing weights, before any long work.
     """
@@ -94,15 +155,23 @@ def caption(
         raise InputError("--flops searches the rate: give one of --flops and --rate")
     picture = load_image(image)
     chosen = make_method(method, model_name, layer, rate, predictor)
-    model, processor = load_vlm(model_name, device=device)
+    progress, start = progress or Progress(max_new_tokens, enabled=False), time.monotonic()
+    progress.say(f"loading {model_name}")
+    with _quiet_transformers():
+        model, processor = load_vlm(model_name, device=device)
+    log.debug("%s on %s, loaded in %.1f s", model_name, next(model.parameters()).device, time.monotonic() - start)
     where = next(model.parameters()).device
     inputs = prepare_inputs(processor, [picture], [chat_prompt(prompt)], device=where)
     if flops is not None:
         n_image = int((inputs["input_ids"] == model.config.image_token_id).sum())
         length = inputs["input_ids"].shape[1]
         chosen = budget(chosen, model_info(model), flops=flops, prompt_length=length, steps=REPLY, n_image=n_image)
+    progress.say(f"captioning by {method}")
     with torch.inference_mode():
-        out_ = generate(model, inputs, chosen, max_new_tokens=max_new_tokens, processor=processor)
+        out_ = generate(model, inputs, chosen, max_new_tokens=max_new_tokens, processor=processor, engine=engine,
+                        streamer=progress)  # fmt: skip
+    log.debug("%d tokens after %.1f s", int(out_.lengths[0]), time.monotonic() - start)
+    progress.say("drawing the masks")
     trace, steps = out_.trace, int(out_.trace.valid[0].sum())
     kept = [trace.kept_at(0, t).cpu().numpy() for t in range(steps)]
     words = [processor.tokenizer.decode([token]) for token in out_.new_tokens[0, :steps].tolist()]

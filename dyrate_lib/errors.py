@@ -9,6 +9,10 @@ class InputError(DyRateError, ValueError):
     """What the caller passed cannot be used: a picture, a prompt, a rate, a layer, a predictor, a parameter."""
 
 
+class Unsupported(InputError):
+    """Sound, but nothing that the graph engine can run: `engine="auto"` takes the reference loop instead."""
+
+
 class ResourceError(DyRateError, RuntimeError):
     """Something the work needs is not there: weights, data, Java, a GPU, room on the disk."""
 

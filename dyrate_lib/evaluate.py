@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from .datasets import CaptionDataset, Item
 
 CONVENTIONS = ("paper", "paper-prefill", "cached")
+ENGINE = "reference"  # the study's records are the plain loop's on every device, so that no kernel of ours stands in them
 CACHE_BYTES = {"cuda": 12 * 2**30, "cpu": 2**29}
+CACHE_SHARE = 0.1  # of a card's memory at most: a small one has to hold weights and activations besides
 _RENDER_BATCH = 64
 _pictures: dict[tuple, Tensor] = {}
 
@@ -87,10 +89,18 @@ def pictures(processor: Any, dataset: CaptionDataset, indices: Sequence[int], de
         made = _process(processor, [items[index] for index in some], device)
         fresh.update((keys[index], picture) for index, picture in zip(some, made.unbind(0), strict=True))
     size = sum(value.numel() * value.element_size() for value in fresh.values())
-    if held + size <= CACHE_BYTES.get(device.type, 0):
+    if held + size <= _cache_room(device):
         # clones: a view would keep its whole batch alive
         _pictures.update({key: value.clone() for key, value in fresh.items()})
     return torch.stack([fresh[keys[i]] if keys[i] in fresh else _pictures[keys[i]] for i in indices])
+
+
+def _cache_room(device: torch.device) -> int:
+    """Bytes that processed pictures may take on a device."""
+    room = CACHE_BYTES.get(device.type, 0)
+    if device.type != "cuda":
+        return room
+    return min(room, int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 def _place(dataset: CaptionDataset, item: Item) -> tuple:
@@ -214,7 +224,7 @@ def predict(
             now = method(some) if callable(method) and not isinstance(method, Method) else method
             ids = [dataset[index].id for index in some]
             if beams > 1:
-                records += _beams(model, processor, inputs, now, max_new_tokens, decoding, ids)
+                records += beam_records(model, processor, inputs, now, max_new_tokens, decoding, ids)
             else:
                 records += _ours(model, processor, inputs, now, max_new_tokens, decoding, ids, some[0])
             bar.update(len(some))
@@ -243,7 +253,7 @@ def _ours(
     options = {key: value for key, value in decoding.items() if key in ("do_sample", "top_p", "top_k", "temperature")}
     if decoding.get("do_sample"):
         options["seed"] = int(decoding["seed"]) * 1_000_003 + first
-    out = generate(model, inputs, method, max_new_tokens, processor=processor, **options)
+    out = generate(model, inputs, method, max_new_tokens, processor=processor, engine=ENGINE, **options)
     return output_records(out, ids)
 
 
@@ -278,10 +288,11 @@ def _ratios(counts: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]
     return ratios, {convention: float(count.unpruned) for convention, count in counts.items()}
 
 
-def _beams(
+def beam_records(
     model: Any, processor: Any, inputs: dict[str, Tensor], method: Method | None, max_new_tokens: int,
     decoding: dict[str, Any], ids: list[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
+    """The records (see `predict`) of one batch by beam search: stock `generate` under the method's context manager."""
     method = method if method is not None else NoReduction()
     adapter, beams = Adapter(model), int(decoding["num_beams"])
     options = {"length_penalty": float(decoding.get("length_penalty", 1.0))}

@@ -7,6 +7,8 @@ criteria and streaming. Beam search and everything else that transformers offers
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +16,18 @@ import torch
 from torch import Tensor
 
 from .decoder import Runner, Snapshot
-from .errors import InputError
-from .methods.base import PRUNED, Method
-from .methods.none import NoReduction
-from .models import Adapter, ModelInfo, Prompt, model_info
+from .errors import InputError, Unsupported
+from .methods.base import Method
+from .models import ModelInfo, Prompt
+from .request import Request, Sampling, check_request
 
 if TYPE_CHECKING:
     from .accounting import Flops
+    from .engine import Engine
+
+log = logging.getLogger("dyrate_lib.engine")
+ENGINES = ("auto", "graph", "reference")
+_said: set[str] = set()  # reasons that the log has been told
 
 
 @dataclass
@@ -130,52 +137,17 @@ class _Recorder:
         )  # fmt: skip
 
 
-def _chooser(
-    do_sample: bool, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seed: int | None,
-    device: torch.device,
-) -> Any:  # fmt: skip
-    """A function from ids [B, T] and logits [B, vocab] to the next token [B]; transformers' own processors shape them."""
-    from transformers import (
-        LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+def _chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function from ids [B, T] and logits [B, vocab] to the next token [B]."""
+    processors, generator = sampling.processors(), sampling.generator(device)
 
-    if not repetition_penalty > 0:
-        raise InputError(f"repetition_penalty must be above 0 (1 is none), got {repetition_penalty}.")
-    warpers: Any = LogitsProcessorList()
-    if repetition_penalty != 1.0:
-        warpers.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-    if not do_sample:
-        return lambda ids, logits: warpers(ids, logits.float()).argmax(-1) if warpers else logits.argmax(-1)
-    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise InputError(
-            f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}."
-        )
-    if temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(temperature))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    generator = torch.Generator(device=device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    def choose(ids: Tensor, logits: Tensor) -> Tensor:
+        scores = processors(ids, logits.float()) if processors else logits
+        if generator is None:
+            return scores.argmax(-1)
+        return torch.multinomial(torch.softmax(scores.float(), dim=-1), 1, generator=generator)[:, 0]
 
-    def sample(ids: Tensor, logits: Tensor) -> Tensor:
-        probabilities = torch.softmax(warpers(ids, logits.float()), dim=-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-    return sample
-
-
-def _stopper(criteria: Any) -> Any:
-    """Stopping criteria (one, or several) as a function from ids [B, T] and logits to [B] bool: which rows end here."""
-    from transformers import StoppingCriteriaList
-
-    several = StoppingCriteriaList(criteria if isinstance(criteria, list | tuple) else [criteria])
-    return lambda ids, logits: several(ids, logits)
+    return choose
 
 
 @torch.no_grad()
@@ -198,6 +170,7 @@ def generate(
     streamer: Any = None,
     return_logits: bool = False,
     processor: Any = None,
+    engine: str | Engine | None = None,
 ) -> GenerationOutput:
     """Generate with visual tokens pruned by `method` (None: unpruned).
 
@@ -208,82 +181,93 @@ def generate(
     num_return_sequences: sequences drawn for each prompt, one after the other in the output (B grows by this factor).
     repetition_penalty, stopping_criteria (one or a list) and streamer are transformers' own. logits are raw.
 
+    engine: "reference", the loop in plain sight; "graph", the same at a GPU's pace (`dyrate_lib.engine`): Triton kernels in
+    captured CUDA graphs, in float32 the same tokens; "auto", the graph where it can run, otherwise the reference, which the log
+    is told once; None, as "auto" without a word. What the graph engine needs stays with the model for the next call (fused
+    weights without a second copy, caches, graphs) until `dyrate_lib.engine.release(model)`. An `Engine` is used as it is.
+
     Raises:
-        InputError: anything that `prepare_inputs` or the method would refuse, or a prompt and reply longer than the
-            model's context; raised before the model runs.
+        InputError: anything that `prepare_inputs` or the method would refuse, a prompt and reply longer than the model's
+            context, or (with "graph") a model, method or setting that the graph engine does not run; raised before the
+            model runs.
+        ResourceError: the batch does not fit the GPU's memory; says how many samples would (graph engine).
     """
-    adapter = Adapter(model)
-    method = method if method is not None else NoReduction()
-    if not isinstance(method, Method):
-        raise InputError(f"method must be a Method such as FastV(), or None; got {type(method).__name__}.")
-    if getattr(model, PRUNED, False):
-        raise InputError("This model is being pruned by a context: leave it first, or call model.generate inside it.")
-    if forced_tokens is not None:
-        max_new_tokens = forced_tokens.shape[1]
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if num_return_sequences < 1 or (num_return_sequences > 1 and not (do_sample or forced_tokens is not None)):
-        raise InputError(
-            f"num_return_sequences={num_return_sequences} needs do_sample=True, or all would be the same; beams run under "
-            "the context: with method(model): model.generate(num_beams=...)."
-        )
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in inputs.items() if isinstance(value, Tensor)}
-    method.prepare(adapter.n_layers, adapter.n_heads, device)
-    if inputs["input_ids"].shape[1] + max_new_tokens > adapter.max_length:
-        raise InputError(
-            f"Prompt ({inputs['input_ids'].shape[1]} tokens) and {max_new_tokens} new tokens exceed the model's context of "
-            f"{adapter.max_length}: shorten the prompt or lower max_new_tokens."
-        )
-    ends = _as_list(adapter.eos_token_ids if eos_token_id is None else eos_token_id) if forced_tokens is None else []
-    choose = _chooser(do_sample, temperature, top_k, top_p, repetition_penalty, seed, device)
-    stop = None if stopping_criteria is None or forced_tokens is not None else _stopper(stopping_criteria)
+    if isinstance(engine, str) and engine not in ENGINES:
+        raise InputError(f"engine={engine!r} is not known; choose one of {', '.join(ENGINES)}.")
+    request = check_request(
+        model, inputs, method, max_new_tokens, num_return_sequences=num_return_sequences, forced_tokens=forced_tokens,
+        eos_token_id=eos_token_id, stopping_criteria=stopping_criteria, streamer=streamer, return_logits=return_logits,
+        processor=processor, sampling={
+            "do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+            "repetition_penalty": repetition_penalty, "seed": seed,
+        },
+    )  # fmt: skip
+    if engine == "reference":
+        return _reference(request)
+    from .engine import loop, select  # not before it is needed: the library itself does without
+
+    try:
+        return loop.run(select.engine_for(model, engine), request)
+    except Unsupported as error:  # raised before anything has been generated
+        if engine not in (None, "auto"):
+            raise
+        if engine == "auto":
+            _say_once(str(error))
+    return _reference(request)
+
+
+def _say_once(why: str) -> None:
+    if why not in _said:
+        _said.add(why)
+        log.warning("engine='auto' takes the reference loop: %s", why)
+
+
+def _reference(request: Request) -> GenerationOutput:
+    """The loop in plain sight: any device, precision and method."""
+    adapter, method, device, streamer = request.adapter, request.method, request.device, request.streamer
+    inputs = {key: value.to(device) for key, value in request.inputs.items()}
+    choose = _chooser(request.sampling, device)
     prompt, ids = method.embed(adapter, inputs), inputs["input_ids"]
-    if num_return_sequences > 1:
-        rows = torch.arange(ids.shape[0], device=device).repeat_interleave(num_return_sequences)
+    if request.copies > 1:
+        rows = torch.arange(ids.shape[0], device=device).repeat_interleave(request.copies)
         prompt, ids = replace(prompt.select(rows), embeds=prompt.embeds[rows]), ids[rows]
     recorder = _Recorder()
-    runner = method.runner(adapter, prompt, max_new_tokens)
+    runner = method.runner(adapter, prompt, request.steps)
 
     alive = torch.ones(prompt.types.shape[0], dtype=torch.bool, device=device)
-    ending = torch.tensor(ends, device=device, dtype=torch.long)
+    ending = torch.tensor(request.ends, device=device, dtype=torch.long)
     tokens, valid, all_logits = [], [], []
     if streamer is not None:
         streamer.put(ids.cpu())
     logits = runner.prefill()
-    for step in range(max_new_tokens):
+    for step in range(request.steps):
         recorder.step(runner)
-        if return_logits:
+        if request.return_logits:
             all_logits.append(logits)
-        token = choose(ids, logits) if forced_tokens is None else forced_tokens[:, step].to(device)
+        token = choose(ids, logits) if request.forced is None else request.forced[:, step].to(device)
         token = torch.where(alive, token, adapter.pad_token_id)
         tokens.append(token)
         valid.append(alive)
         ids = torch.cat((ids, token[:, None]), dim=1)
         if streamer is not None:
             streamer.put(token.cpu())
-        if ends:
+        if request.ends:
             alive = alive & ~torch.isin(token, ending)
-        if stop is not None:
-            alive = alive & ~stop(ids, logits)
-        if (ends or stop is not None) and not bool(alive.any()):
+        if request.stop is not None:
+            alive = alive & ~request.stop(ids, logits)
+        if (request.ends or request.stop is not None) and not bool(alive.any()):
             break
-        if step + 1 < max_new_tokens:
+        if step + 1 < request.steps:
             logits = runner.decode(token)
     if streamer is not None:
         streamer.end()
     valid_steps = torch.stack(valid, 1)
     return GenerationOutput(
         sequences=ids, new_tokens=torch.stack(tokens, 1), lengths=valid_steps.sum(-1),
-        trace=recorder.trace(valid_steps, runner.layer, prompt), info=model_info(model),
-        logits=torch.stack(all_logits, 1) if return_logits else None,
-        processor=processor if processor is not None else getattr(model, "dyrate_processor", None),
+        trace=recorder.trace(valid_steps, runner.layer, prompt), info=adapter.info(),
+        logits=torch.stack(all_logits, 1) if request.return_logits else None, processor=request.processor,
         refreshed=method.refresh,
     )  # fmt: skip
 
 
-def _as_list(value: int | list[int]) -> list[int]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-__all__ = ["GenerationOutput", "Trace", "generate"]
+__all__ = ["ENGINES", "GenerationOutput", "Trace", "generate"]

@@ -234,7 +234,7 @@ def test_other_families_load_by_their_model_type(name, tmp_path, monkeypatch):
 
     model_of(name).save_pretrained(tmp_path / "m")
 
-    def missing(source):
+    def missing(source, **options):
         raise ImportError("requires the Torchvision library")
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
@@ -242,7 +242,7 @@ def test_other_families_load_by_their_model_type(name, tmp_path, monkeypatch):
         load_vlm(tmp_path / "m", device="cpu")
     from dyrate_lib.scenes.tokenizer import build_processor
 
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda source: build_processor())
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda source, **options: build_processor())
     loaded, _ = load_vlm(tmp_path / "m", device="cpu")
     inputs = FAMILIES[name].inputs([((0, 1), 5)])
     again = generate(loaded, inputs, FastV(2, 0.5), 4, eos_token_id=[])

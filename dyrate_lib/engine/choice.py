@@ -1,0 +1,78 @@
+"""Choosing the next token inside the loop: greedy, along given tokens, or sampling, all without the host.
+
+Sampling divides the probabilities by exponential noise and takes the largest, which is what `torch.multinomial` does for one
+draw: with the same generator and the same logits it is the same token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..request import Sampling
+from .state import State, send
+
+
+class Choice:
+    """How tokens are chosen. `choice(state)` gives the next tokens [B] from state.logits, None for those of the highest logit.
+
+    ids: [B, T] the prompt's, for the repetition penalty; ends: end tokens, at most `state.MOST_ENDS`; forced: [B, passes] int64
+    tokens to follow, or None. key: what a captured graph depends on.
+    """
+
+    def __init__(
+        self, device: torch.device, ids: Tensor, ends: list[int], pad: int, sampling: Sampling, forced: Tensor | None = None
+    ) -> None:  # fmt: skip
+        self.ids, self.ends, self.pad, self.forced = ids, ends, pad, forced
+        self.penalised = sampling.penalised and forced is None
+        self.generator: torch.Generator | None = None
+        self.key: tuple = ("greedy", float(sampling.repetition_penalty))
+        if forced is not None:
+            self.key = ("forced",)
+        elif sampling.do_sample:
+            self.key = (
+                "sample", float(sampling.temperature), int(sampling.top_k), float(sampling.top_p),
+                float(sampling.repetition_penalty),
+            )  # fmt: skip
+            self.generator = sampling.generator(device)
+        self._processors: Any = [] if forced is not None else sampling.processors()
+
+    def load(self, state: State) -> None:
+        """Put what the choice reads on the device."""
+        state.ends.fill_(-1)
+        if self.ends:
+            send(state.ends[: len(self.ends)], torch.tensor(self.ends))
+        state.pad.fill_(self.pad)
+        if self.forced is not None:
+            state.forced[:, : self.forced.shape[1]].copy_(self.forced)
+        if self.penalised:
+            # places of the reply hold the row's first id until they are written: penalised anyway
+            whole = torch.cat((self.ids, self.ids[:, :1].expand(-1, state.plan.passes)), dim=1)
+            if state.said is None or state.said.shape != whole.shape:
+                state.said = whole.clone()
+            else:
+                state.said.copy_(whole)
+
+    def __call__(self, state: State) -> Tensor | None:
+        if state.forced is not None:
+            return state.forced.index_select(1, state.step)[:, 0]
+        if self.generator is None and not self._processors:
+            return None
+        if self.penalised:  # the newest token, which this pass has read, is among those said
+            place = state.said.shape[1] - state.plan.passes - 1 + state.step
+            state.said.scatter_(1, place.clamp(min=0).expand(state.token.shape[0], 1), self._newest(state))
+        scores = state.logits.float()
+        if self._processors:
+            scores = self._processors(state.said, scores)
+        if self.generator is None:
+            return scores.argmax(-1)
+        noise = torch.empty_like(scores).exponential_(1.0, generator=self.generator)
+        return (torch.softmax(scores, dim=-1) / noise).argmax(-1)
+
+    def _newest(self, state: State) -> Tensor:
+        """[B, 1]: the token of the pass before, or at pass 0 what stands there already."""
+        place = (state.said.shape[1] - state.plan.passes - 1 + state.step).clamp(min=0)
+        before = state.said.index_select(1, place)
+        return torch.where(state.step > 0, state.token[:, None], before)
