@@ -154,7 +154,7 @@ def generate_run(model: Any, inputs: Mapping[str, Any], method: Any = None) -> C
     from .generation import generate
 
     def run(new_tokens: int) -> None:
-        generate(model, inputs, method=method, max_new_tokens=new_tokens, eos_token_id=[])
+        generate(model, inputs, method=method, max_new_tokens=new_tokens, eos_token_id=[], engine="reference")
 
     return run
 

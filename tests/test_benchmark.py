@@ -157,6 +157,61 @@ def test_stock_run_notices_a_model_that_stops_early(tiny):
         stock_run(Stops(), inputs)(3)
 
 
+@pytest.mark.parametrize("model", ["random:tiny", "scenes-small"])
+def test_bench_times_loops_in_turns_and_gives_ratios(model):
+    from dyrate_lib.experiments.efficiency_bench import bench
+
+    loops = ("graph", "reference", "stock") if model == "random:tiny" else ("reference",)
+    table, about = bench(model, 2, 1, new=3, repeats=2, loops=loops, methods=("original", "fastv-2", "dyrate"), device="cpu")
+    assert len(table) == (8 if model == "random:tiny" else 3) and model in about and "medians of 2" in about
+    first = table[table.method == "Original"]
+    assert (first["x faster than unpruned"] == 1).all() and table["end to end ms"].gt(table["prefill ms"]).all()
+    if "stock" in loops:
+        stock = table[table.loop == "stock generate"]
+        assert stock["x faster than stock"].iloc[0] == 1 and len(stock) == 2  # FastV's context, but no DyRate's
+        ratio = stock["end to end ms"].iloc[0] / table["end to end ms"]
+        assert table["x faster than stock"].to_numpy() == pytest.approx(ratio.to_numpy())
+    assert table["decode x floor"].gt(0).all() and table["prefill x floor"].gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch": 0}, "at least 1"), ({"new": 1}, "at least 2"), ({"loops": ("fast",)}, "no loop or method 'fast'"),
+        ({"methods": ("fastv-2",)}, "'original'"), ({"methods": ("original", "x")}, "no loop or method 'x'"),
+    ],
+)  # fmt: skip
+def test_bench_refuses_before_it_loads_a_model(options, says, monkeypatch):
+    from dyrate_lib.experiments import efficiency_bench
+
+    monkeypatch.setattr(efficiency_bench, "load_vlm", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match=says):
+        efficiency_bench.bench("random:tiny", device="cpu", **options)
+
+
+def test_bench_from_the_command_line(monkeypatch, capsys):
+    import pandas as pd
+
+    from dyrate_lib.__main__ import main
+    from dyrate_lib.experiments import efficiency_bench
+
+    asked = []
+    monkeypatch.setattr(efficiency_bench, "bench", lambda *a: asked.append(a) or (pd.DataFrame({"x": [1.5]}), "here"))
+    assert main(["bench", "--model", "random:tiny", "--batch", "4", "--loops", "graph", "stock"]) == 0
+    assert asked == [("random:tiny", 4, 1, 64, 5, ["graph", "stock"], ["original", "fastv-2", "vtw", "dyrate"], None)]
+    assert "| 1.50 |" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["bench", "--batch", "0", "--device", "cpu"]) == 2 and "at least 1" in capsys.readouterr().err
+
+
+def test_where_the_reference_loop_spends_its_time():
+    from dyrate_lib.experiments.efficiency_bench import bench_profile
+
+    table = bench_profile("random:tiny", new=18)
+    assert {"matrix products", "attention", "other"} <= set(table.operators)
+    assert table[["prompt's pass, %", "decode steps, %"]].sum().to_numpy() == pytest.approx(100, abs=0.5)
+
+
 @gpu
 @needs_gpu
 def test_gpu_work_is_waited_for_and_memory_counted():

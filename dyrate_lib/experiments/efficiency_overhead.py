@@ -1,0 +1,148 @@
+"""Notebook 04: what predictor, features and bookkeeping take of a decode step, and the kernels a step's time goes to (C6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .context import Record, Study
+from .efficiency import latency_records
+from .efficiency_cells import Cell
+from .efficiency_course import LAYER
+from .efficiency_rows import PAPER_MODELS, label, ratio_of_medians, samples
+from .summaries import Quantity
+
+BOOKKEEPING = ("_advance", "_emit")  # our kernels: predictor, lengths and trace; choice of the token
+KINDS = {
+    "matrix products": ("_one", "_few", "gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas", "xmma", "::mm", "addmm", "bmm"),
+    "attention": ("_attend", "_combine", "flash", "fmha", "attention"),
+    "predictor, ranking, bookkeeping": ("_advance",), "choice of the token": ("_emit",),
+    "norms, activations, rotation": ("_rms_norm", "_swiglu", "_rope", "silu", "layer_norm"),
+}  # fmt: skip
+
+
+def share_records(study: Study) -> dict[Cell, Record]:
+    """Records of "share" cells."""
+    return {cell: record for cell, record in latency_records(study).items() if cell.kind == "share"}
+
+
+def feature_us(record: Record) -> float:
+    """Microseconds a step that the features cost: the feature layer's attention against that of the other layers below P, which
+    read as many tokens; 0 where the profile does not tell."""
+    durations = record["payload"]["attention_us"]
+    others = [us for layer, us in enumerate(durations[:LAYER]) if layer != LAYER - 1]
+    return max(0.0, durations[LAYER - 1] - float(np.mean(others))) if others else 0.0
+
+
+def bookkeeping_us(record: Record, names: tuple[str, ...] = ("_advance",)) -> float | None:
+    """Microseconds a step in our bookkeeping kernels, from the profile; None where it holds none (on a CPU)."""
+    found = record["payload"]["profile"]["decode"]
+    spent = [us for name, _, us in found["kernels"] if name.startswith(names)]
+    return sum(spent) / found["steps"] if spent else None
+
+
+def shares(record: Record, n: int = 1000, seed: int = 0) -> dict[str, Quantity]:
+    """{predictor, all} as shares of a decode step, with intervals over rounds: the predictor alone (course with and without it);
+    predictor, lengths and features together (one count with all of it, and without any)."""
+    found = {name: samples(record, name) for name in record["payload"]["contenders"]}
+    if any(
+        found.get(name) is None for name in ("course", "course with predictor", "one count", "one count with predictor")
+    ):
+        return {}
+    token = {name: one["token"] for name, one in found.items() if one is not None}
+    extra = token["one count with predictor"] - token["one count"] + feature_us(record) / 1000
+    alone = token["course with predictor"] - token["course"]
+    return {
+        "predictor": ratio_of_medians(alone, token["course with predictor"], n, seed),
+        "all": ratio_of_medians(extra, token["one count with predictor"], n, seed),
+    }
+
+
+def share_quantities(study: Study) -> dict[str, Any]:
+    """c6.{model}.time_share: predictor, lengths and features together, of a decode step at batch 1."""
+    out = {}
+    for cell, record in share_records(study).items():
+        if cell.model in PAPER_MODELS and cell.batch == 1:
+            found = shares(record, study.scale.bootstrap, study.seed)
+            if found:
+                out[f"c6.{cell.model}.time_share"] = found["all"]
+    return out
+
+
+def overhead_table(study: Study) -> pd.DataFrame:
+    """What looking, predicting and lowering lengths takes of a decode step, by model and batch."""
+    rows = []
+    for cell, record in share_records(study).items():
+        found = shares(record, study.scale.bootstrap, study.seed)
+        one = samples(record, "one count with predictor")
+        if not found or one is None:
+            continue
+        step, kernel = float(np.median(one["token"])), bookkeeping_us(record)
+        rows.append(
+            {
+                "model": label(study, cell.model), "batch": cell.batch, "step ms": step,
+                "predictor %": 100 * found["predictor"]["mean"],
+                "predictor, lengths, features %": 100 * found["all"]["mean"],
+                "its 95 % interval": f"{100 * found['all']['lo']:.2f} to {100 * found['all']['hi']:.2f}",
+                "features, us a step": feature_us(record),
+                "bookkeeping kernel, us a step": np.nan if kernel is None else kernel,
+                "bookkeeping kernel, % of kernels' time": np.nan if kernel is None else 100 * kernel / step_us(record),
+                "rounds": found["all"]["n"],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def step_us(record: Record) -> float:
+    """Microseconds of all kernels of a decode step."""
+    found = record["payload"]["profile"]["decode"]
+    return found["total_us"] / found["steps"]
+
+
+def kind_of(name: str) -> str:
+    """What a kernel (or operator) does, by its name."""
+    low = name.lower()
+    for kind, parts in KINDS.items():
+        if any(low.startswith(part) if part.startswith("_") else part in low for part in parts):
+            return kind
+    return "other"
+
+
+def kernel_table(study: Study, part: str = "decode", top: int = 8) -> pd.DataFrame:
+    """The kernels that take most of a decode step ("decode") or of a prompt's pass ("prefill"), DyRate, by model and batch."""
+    rows = []
+    for cell, record in share_records(study).items():
+        found = record["payload"]["profile"][part]
+        for name, calls, us in found["kernels"][:top]:
+            rows.append(
+                {
+                    "model": label(study, cell.model), "batch": cell.batch, "kernel": name[:48], "what": kind_of(name),
+                    "calls": calls / found["steps"], "us": us / found["steps"], "% of the time": 100 * us / found["total_us"],
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def agreement_table(study: Study) -> pd.DataFrame:
+    """How many greedy replies are the same in two loops, and where the others first differ."""
+    rows = []
+    for cell, record in latency_records(study).items():
+        if cell.kind != "agreement":
+            continue
+        payload = record["payload"]
+        sets = {f"{payload['n']} pictures of scenes": payload["real"], "random weights": payload["random"]}
+        for where, pairs in sets.items():
+            for pair, first in pairs.items():
+                differ = sorted(at + 1 for at in first if at >= 0)
+                loops, _, method = pair.partition(": ")
+                rows.append(
+                    {
+                        "replies": where, "loops": loops, "method": method, "n": len(first),
+                        "the same %": 100 * sum(at < 0 for at in first) / len(first),
+                        "first difference at token, median": float(np.median(differ)) if differ else np.nan,
+                        "earliest": differ[0] if differ else np.nan,
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
