@@ -1,20 +1,25 @@
-# Thin on purpose: the work is in `python -m dyrate_lib`. Variables: SCALE (smoke | full), MODEL, DATA, OUT, PYTHON, VENV.
+# Thin on purpose: the work is in `python -m dyrate_lib`. Variables: SCALE (smoke | full), MODEL, DATA, OUT, JOBS, PYTHON, VENV.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
-OPTIONS = $(if $(SCALE),--scale "$(SCALE)") $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
+OPTIONS = $(if $(SCALE),--scale "$(SCALE)") $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(if $(JOBS),--jobs "$(JOBS)")
 
-.PHONY: help env reproduce figures test test-newest lint types clean
+.PHONY: help env soak reproduce figures bench test test-newest lint types book wheel lmms clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reproduce   set up, then compute everything anew (SCALE=smoke without a GPU, full with one) into build/"
 	@echo "make test        set up, then lint, unit tests and every committed notebook"
+	@echo "make soak        kills, full disks, damaged files and bad input, at length"
 	@echo "make test-newest the contract tests on transformers' newest release, in an environment of its own"
 	@echo "make figures     redraw figures/ from the committed records, on a CPU"
-	@echo "make lint        ruff; make types runs mypy"
-	@echo "Variables: SCALE=smoke|full MODEL=hub-id-or-folder DATA=coco:/folder OUT=folder PYTHON=python3.12 VENV=.venv"
+	@echo "make bench       time loops and methods on this machine (BENCH='--batch 16 ...': see python -m dyrate_lib bench --help)"
+	@echo "make book        notebooks, reference and an interactive page as static HTML in build/book"
+	@echo "make wheel       a wheel in build/dist that works outside the repository"
+	@echo "make lint        ruff and mypy; make types mypy alone"
+	@echo "make lmms        add lmms-eval, for the official benchmarks (README, Real weights and data), and try it"
+	@echo "Variables: SCALE=smoke|full MODEL=hub-id-or-folder DATA=coco:/folder OUT=folder JOBS=2|slurm PYTHON=python3.12 VENV=.venv"
 
 env: $(STAMP)
 
@@ -27,24 +32,57 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps -e .
 	@touch $@
 
-reproduce: env
+reproduce: env $(if $(JOBS),$(VENV)/.jobs)
 	$(PY) -m dyrate_lib reproduce $(OPTIONS)
+
+# Snakemake, for JOBS alone.
+$(VENV)/.jobs: $(STAMP)
+	$(call extra,jobs)
+	@touch $@
+
+# Kills, full disks, damage and bad input at length, about twenty minutes on two cores; `make test` holds a short form.
+soak: env $(VENV)/.jobs
+	$(call extra,fuzz)
+	DYRATE_SOAK=full OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 tests/test_soak.py tests/test_fuzz.py tests/test_parallel.py
+
+# What an extra of pyproject.toml asks for, at the versions of the lock file where it names them.
+extra = $(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")' \
+	    | $(PY) -m pip install --disable-pip-version-check -q -c requirements.lock -r /dev/stdin
 
 figures: env
 	$(PY) -m dyrate_lib figures
+
+bench: env
+	$(PY) -m dyrate_lib bench $(BENCH)
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not gpu" tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks
 
+# Everything that lmms-eval's tasks here need, and lmms-eval without what it asks for besides (another torch's torchvision).
+lmms: env
+	$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lmms"], sep="\n")' \
+	    | grep -v '^lmms-eval' | $(PY) -m pip install --disable-pip-version-check -q -c requirements.lock -r /dev/stdin
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps "$$(grep -o 'lmms-eval==[0-9.]*' pyproject.toml)"
+	$(PY) -m pytest -q tests/test_lmms_eval.py tests/test_published.py
+
 test-newest: env
 	VENV=$(VENV) bash .ci/newest
 
-lint: env
+lint: env types
 	$(PY) -m ruff check .
 
 types: env
 	$(PY) -m mypy
+
+book: env
+	OMP_NUM_THREADS=1 $(PY) -m dyrate_lib -v book
+
+# The environment's own setuptools builds it, so no network is needed.
+wheel: env
+	rm -rf build/lib build/bdist.* && mkdir -p build/dist
+	$(PY) -m pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation -w build/dist .
+	@ls -l build/dist/dyrate-*.whl
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache

@@ -166,7 +166,7 @@ def load_paper(name: str) -> pd.DataFrame:
 
     Numeric cells are floats, unprinted ones NaN; `bold` names the columns set in bold; `quoted` is the row as printed.
     """
-    folder = paths.data() / "paper"
+    folder = paths.paper()
     file = folder / f"{name}.csv"
     if not file.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.csv"))) or "none: is this a full checkout?"
@@ -198,7 +198,7 @@ def _expand(raw: Mapping[str, Any], min_n: int, claim: str) -> Iterable[Check]:
 
 
 def _claims_file(path: Path | str | None) -> dict[str, Any]:
-    file = Path(path) if path else paths.data() / "paper" / "claims.yaml"
+    file = Path(path) if path else paths.paper() / "claims.yaml"
     if not file.is_file():
         raise ResourceError(f"{file.name} is missing from data/paper: get a full checkout")
     return yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from .errors import InputError, ResourceError
+from .errors import InputError
 from .images import load_image
+from .published import KINDS, read_published
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +36,7 @@ class Item:
 
     id: unique in its data set. prompt: the user's text (no system prompt, no image placeholder). references: at least
     one caption or answer. meta: what else is known, e.g. "kind" of a question, "seed" and "split" of a scene.
+    file: the picture's file, None where it is not one.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Item:
     references: list[str]
     meta: dict[str, Any] = field(default_factory=dict)
     _picture: Callable[[], Image.Image] = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    file: Path | None = field(repr=False, compare=False, default=None)
 
     @property
     def image(self) -> Image.Image:
@@ -102,7 +104,7 @@ class CaptionDataset(Sequence[Item]):
 
 
 def open_dataset(spec: str, n: int | None = None, seed: int = 0) -> CaptionDataset:
-    """Opens a data set by its specification.
+    """Opens a data set by its specification; besides the two below flickr30k:, nocaps: and parquet: (see `published`).
 
     Args:
         spec: "scenes:FAMILY:SPLIT" with FAMILY short, narrative, late or questions and SPLIT train, val, test or novel;
@@ -124,9 +126,14 @@ def open_dataset(spec: str, n: int | None = None, seed: int = 0) -> CaptionDatas
     kind, _, rest = spec.partition(":")
     if kind == "scenes":
         return _open_scenes(spec, rest, n, seed)
-    if kind == "coco":
-        return _open_coco(spec, rest, n, seed)
-    raise InputError(f"unknown kind of data set {kind!r} in {spec!r}: use scenes:FAMILY:SPLIT or coco:FOLDER")
+    if kind in KINDS:
+        return _open_published(kind, spec, rest, n, seed)
+    if kind == "parquet":
+        from .published_parquet import open_parquet
+
+        return open_parquet(spec, rest, n, seed)
+    known = ", ".join(f"{name}:FOLDER" for name in (*KINDS, "parquet"))
+    raise InputError(f"unknown kind of data set {kind!r} in {spec!r}: use scenes:FAMILY:SPLIT, {known}")
 
 
 # ---------------------------------------------------------------------------------------------------------- scenes
@@ -195,17 +202,10 @@ def _question_maker(scenes: Any, split: str, first: int) -> Callable[[int], Item
 # ------------------------------------------------------------------------------------------------------------ COCO
 
 
-def _open_coco(spec: str, folder: str, n: int | None, seed: int) -> CaptionDataset:
-    root = Path(folder).expanduser()
-    if not folder or not root.is_dir():
-        raise ResourceError(f"{spec!r}: there is no folder {folder or '(none named)'}; see the README for its layout")
-    annotation, pictures = _find_coco_files(root, spec)
-    captions, files = _read_coco(annotation)
-    missing = [name for name in files.values() if not (pictures / name).is_file()]
-    if missing:
-        shown = ", ".join(missing[:3])
-        raise ResourceError(f"{spec!r}: {len(missing)} of {len(files)} pictures are not in {pictures}, e.g. {shown}")
-    keys = sorted(files)
+def _open_published(kind: str, spec: str, place: str, n: int | None, seed: int) -> CaptionDataset:
+    """Items of a data set in a format that it is published in (see `published`), the first n by id, or shuffled by a seed."""
+    found = read_published(kind, place, spec)
+    keys = found.keys()
     if n is not None and n > len(keys):
         raise InputError(f"{spec!r} has {len(keys)} pictures with captions, {n} were asked for")
     if seed:
@@ -214,86 +214,14 @@ def _open_coco(spec: str, folder: str, n: int | None, seed: int) -> CaptionDatas
 
     def make(index: int) -> Item:
         key = keys[index]
-        path = pictures / files[key]
+        path = found.pictures / found.files[key]
         return Item(
             id=str(key),
             prompt=COCO_PROMPT,
-            references=list(captions[key]),
-            meta={"file_name": files[key]},
+            references=list(found.captions[key]),
+            meta={"file_name": found.files[key], **found.notes.get(key, {})},
             _picture=lambda: load_image(path),
+            file=path,
         )
 
-    texts = hashlib.sha256(annotation.read_bytes()).hexdigest()[:16]
-    return CaptionDataset(spec, "coco", len(keys), seed, make, texts)
-
-
-def _find_coco_files(root: Path, spec: str) -> tuple[Path, Path]:
-    """(annotation JSON, picture folder) in one of the two layouts."""
-    if (root / "captions.json").is_file():
-        annotation, pictures = root / "captions.json", root / "images"
-    else:
-        found = sorted((root / "annotations").glob("captions_*.json"))
-        if not found:
-            raise ResourceError(
-                f"{spec!r}: neither captions.json nor annotations/captions_*.json in {root}; a COCO folder holds "
-                "captions.json and images/, or annotations/captions_val2017.json and val2017/"
-            )
-        ready = [path for path in found if (root / path.stem.removeprefix("captions_")).is_dir()]
-        # validation before training when both lie there: nobody evaluates on the training set by accident
-        annotation = next((path for path in ready if "val" in path.stem), (ready or found)[0])
-        pictures = root / annotation.stem.removeprefix("captions_")
-    if not pictures.is_dir():
-        raise ResourceError(f"{spec!r}: {annotation.name} is there, its picture folder {pictures.name}/ is not")
-    return annotation, pictures
-
-
-def _read_coco(path: Path) -> tuple[dict[Any, list[str]], dict[Any, str]]:
-    """Captions and file names by image id, for images that have a caption; InputError names what is malformed."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path.name} is not readable JSON: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
-        raise InputError(f"{path.name} is not in COCO's caption format: it needs the lists 'images' and 'annotations'")
-    files: dict[Any, str] = {}
-    for position, image in enumerate(content["images"]):
-        key, name = _field(path, "images", position, image, "id"), _field(path, "images", position, image, "file_name")
-        if key in files:
-            raise InputError(f"{path.name}: image id {key} occurs more than once")
-        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path.name}: images[{position}] has the file name {name!r}")
-        files[key] = name
-    _refuse_doubles(path, "file name", files.values())
-    captions: dict[Any, list[str]] = {}
-    seen = []
-    for position, annotation in enumerate(content["annotations"]):
-        key = _field(path, "annotations", position, annotation, "image_id")
-        caption = _field(path, "annotations", position, annotation, "caption")
-        if key not in files:
-            raise InputError(f"{path.name}: annotations[{position}] is of image {key}, which is not among the images")
-        if not isinstance(caption, str) or not caption.strip():
-            raise InputError(f"{path.name}: annotations[{position}] of image {key} has an empty caption")
-        if "id" in annotation:
-            seen.append(annotation["id"])
-        captions.setdefault(key, []).append(" ".join(caption.split()))
-    _refuse_doubles(path, "annotation id", seen)
-    if not captions:
-        raise InputError(f"{path.name} has no captions")
-    if len({isinstance(key, str) for key in captions}) > 1:
-        raise InputError(f"{path.name}: image ids must be all numbers or all strings")
-    return captions, {key: files[key] for key in captions}
-
-
-def _field(path: Path, table: str, position: int, entry: Any, name: str) -> Any:
-    if not isinstance(entry, dict) or entry.get(name) is None:
-        raise InputError(f"{path.name}: {table}[{position}] has no {name!r}")
-    value = entry[name]
-    if name in ("id", "image_id") and (isinstance(value, bool) or not isinstance(value, (int, str))):
-        raise InputError(f"{path.name}: {table}[{position}] has the {name} {value!r}, not a number or string")
-    return value
-
-
-def _refuse_doubles(path: Path, what: str, values: Any) -> None:
-    double = [str(value) for value, count in Counter(map(str, values)).items() if count > 1]
-    if double:
-        raise InputError(f"{path.name}: {what} {double[0]} occurs more than once ({len(double)} such)")
+    return CaptionDataset(spec, found.name, len(keys), seed, make, found.texts)

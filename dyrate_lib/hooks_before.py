@@ -106,6 +106,7 @@ class StockReduction(StockPruning):
         """The batch's prompts with their pictures cut."""
         adapter, ids = self.adapter, self._ids
         inputs, times = self._given(attention_mask)
+        assert ids is not None  # or _given would have refused
         prompt = adapter.layout(inputs, embeds[::times])
         if prompt.position_ids.ndim > 2 and position_ids is not None:  # kept ones, so those that stock would use
             every = prompt.types.repeat_interleave(times, dim=0)

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .errors import InputError
 
 MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: a larger picture is refused, not merely warned about
+MAX_RATIO = 200  # long side to short one: processors scale the short side, and a thread of pixels would become millions of rows
 BACKGROUND = (255, 255, 255)
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
@@ -33,7 +34,7 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Raises:
         InputError: no such file, a folder, a URL, an empty or truncated file, not an image, more than 89 million
-            pixels, or a type that is none of the above.
+            pixels, more than 200 times as long as wide, or a type that is none of the above.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "the picture given")
@@ -88,6 +89,8 @@ def _check_size(picture: Image.Image, name: str) -> None:
         raise InputError(f"{name} has no pixels ({width} x {height})")
     if width * height > MAX_PIXELS:
         raise InputError(_too_large(name) + f" ({width} x {height})")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise InputError(f"{name} is {width} x {height}, more than {MAX_RATIO} times as long as wide: crop it first")
 
 
 def _too_large(name: str) -> str:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import paths
+from .checksums import check_sums
 from .errors import InputError, ResourceError
 
 SCENES = ("scenes-small", "scenes-base")
 # The exact dimensions of the published checkpoints (their config.json files); weights are random.
-_LLAVA_DIMS = {
+_LLAVA_DIMS: dict[str, dict[str, Any]] = {
     "llava-1.5-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -59,6 +60,9 @@ def prepare_inputs(
         raise InputError(
             f"{len(images)} images for {len(prompts)} prompts: pass one for each, None for a text-only prompt."
         )
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"Prompt {i} is no text that can be written as UTF-8: {str(prompt)[:80]!r}")
     token = getattr(processor, "image_token", "<image>")
     rows = [list(image) if isinstance(image, list | tuple) else [] if image is None else [image] for image in images]
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
@@ -109,7 +113,7 @@ def load_vlm(
 
     Raises:
         ResourceError: weights, a package that the processor needs, or a GPU missing. InputError: the folder holds a model of
-            another family.
+            another family, or a file that its SHA256SUMS does not fit.
     """
     device, dtype = _device_and_dtype(device, dtype)
     name = str(name)
@@ -123,6 +127,7 @@ def load_vlm(
 
 
 def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from .models import Adapter, families
@@ -130,21 +135,33 @@ def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: s
     source = str(paths.checkpoints() / name) if name in SCENES else name
     looks_local = name in SCENES or name.startswith((".", "/", "~")) or Path(source).exists()
     source = str(Path(source).expanduser()) if looks_local else source
+    if name in SCENES and not (Path(source) / "config.json").is_file():
+        raise ResourceError(
+            f"{name} is not in {paths.checkpoints()}: `dyrate fetch PATH` copies it there from a checkout, a folder "
+            "or an archive; or set DYRATE_HOME to a checkout."
+        )
     if looks_local and not (Path(source) / "config.json").is_file():
         raise ResourceError(
             f"No model at {source}: config.json is missing. Pass the folder that save_pretrained wrote, or a hub id."
         )
+    if looks_local:
+        check_sums(source)
     try:
-        config = AutoConfig.from_pretrained(source)
+        # said outright: by default transformers asks at a terminal whether to run code that lies beside the weights
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         known = [kind for family in families() for kind in family.model_types]
         if config.model_type not in known:
             raise InputError(f"{name} is a {config.model_type!r} model; supported are {', '.join(known)}.")
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn, use_safetensors=True
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn, use_safetensors=True, trust_remote_code=False
         )
         Adapter(model)  # refuses decoders that no adapter knows
-        processor = AutoProcessor.from_pretrained(source)
-    except OSError as error:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a broken config, or one that brings code
+        raise InputError(f"{name} cannot be loaded without running foreign code, or is broken: {error}") from error
+    except (OSError, SafetensorError) as error:  # a weight file that was cut off
         raise ResourceError(f"Weights or processor files of {name} could not be loaded: {error}") from error
     except ImportError as error:  # the processors of Qwen2.5-VL and Idefics3 need torchvision
         raise ResourceError(f"The processor of {name} needs a package that is not installed: {error}") from error
@@ -187,7 +204,7 @@ def _random_vlm(kind: str, device: torch.device, dtype: torch.dtype, attn: str) 
         )
     )
     processor = build_processor()
-    side = vision.image_size
+    side = 84 if tiny else 336
     processor.image_processor.size = {"shortest_edge": side}
     processor.image_processor.crop_size = {"height": side, "width": side}
     tokenizer = processor.tokenizer
@@ -196,9 +213,10 @@ def _random_vlm(kind: str, device: torch.device, dtype: torch.dtype, attn: str) 
         vocab_size=vocab, max_position_embeddings=4096, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, rms_norm_eps=1e-5, **_LLAVA_DIMS[kind],
     )  # fmt: skip
+    settings: dict[str, Any] = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}  # another name in its signature
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(vision.image_size // 14) ** 2, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=vision, text_config=text, image_seq_length=(side // 14) ** 2, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", **settings,
     )  # fmt: skip
     with torch.device("meta"):
         needed = sum(p.numel() for p in LlavaForConditionalGeneration(config).parameters()) * dtype.itemsize

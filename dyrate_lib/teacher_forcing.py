@@ -8,10 +8,12 @@ most of a training step. The backward pass below needs two, and gives the same g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import masks
 from .attention import (
@@ -24,6 +26,7 @@ from .attention import (
     with_response,
 )
 from .masks import PAD
+from .memory import computed_again
 from .models import Adapter, Prompt
 
 _EMPTY = 1e-30  # a row that reads nothing divides by this
@@ -70,6 +73,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=q.device).tril()
     scaled = q.to(exact) * q.shape[-1] ** -0.5
     return _MaskedAttention.apply(scaled, k.to(exact), v.to(exact), mask.to(exact), causal).to(v.dtype)
+
+
+def _later_layer(adapter: Adapter, index: int, rotary: tuple[Tensor, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+    """One layer >= P under a mask, as a function of its input: where all layers' activations do not fit, it is run twice."""
+    q, k, v = adapter.project(index, adapter.normed_input(index, x), rotary)
+    return adapter.finish(index, x, masked_attention(q, k, v, mask))
 
 
 @dataclass
@@ -121,8 +130,9 @@ def masked_logits(adapter: Adapter, forced: TeacherForced, image_keep: Tensor) -
     raster = torch.cat((raster, raster[:, -1:]), dim=1)
     mask = masks.response_mask(raster, forced.prompt.image_index, forced.prompt.types, forced.steps)
     x = forced.x
+    again = mask.requires_grad and computed_again(adapter.info(), x, mask, forced.layer, forced.steps)
     for index in range(forced.layer, adapter.n_layers):
-        q, k, v = adapter.project(index, adapter.normed_input(index, x), forced.rotary)
-        x = adapter.finish(index, x, masked_attention(q, k, v, mask))
+        run = partial(_later_layer, adapter, index, forced.rotary)
+        x = checkpoint(run, x, mask, use_reentrant=False) if again else run(x, mask)
     start = forced.prompt.types.shape[1] - 1
     return adapter.logits(x[:, start : start + forced.steps])

@@ -1,8 +1,12 @@
 """The command line: exit codes, messages without tracebacks, and a real caption from start to mask figure."""
 
+import json
+import logging
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,3 +174,93 @@ def test_make_method_builds_what_was_asked_for():
     assert captioning.make_method("vtw", "m", 7, None, None).layer == 7
     with pytest.raises(InputError, match="one of none"):
         captioning.make_method("nosuch", "m", None, None, None)
+
+
+# ------------------------------------------------------------------------------------------------ habits of the command line
+
+
+def test_caption_as_json_is_one_object_and_nothing_else(picture, tmp_path, capsys):
+    argv = ["caption", str(picture), "--model", "random:tiny", "--method", "fastv", "--max-new-tokens", "3", "--json"]
+    assert main([*argv, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    said = json.loads(captured.out)
+    assert said["image"] == str(picture) and said["model"] == "random:tiny" and said["method"]["method"] == "fastv"
+    assert len(said["words"]) == len(said["kept"]) == 3 and said["kept"][0] == said["n_image"] // 2
+    assert 0 < said["flops_saved"]["cached"] < 1 and all(Path(f).is_file() for f in said["files"])
+    assert captured.err == ""  # no terminal, so no bar
+
+
+def test_progress_counts_tokens_and_names_stages(capsys):
+    with captioning.Progress(5) as progress:
+        progress.say("loading x")
+        for token in ("prompt", 1, 2, 3):
+            progress.put(token)
+        progress.end()
+        assert progress._bar.n == 3  # the first call is the prompt
+        assert "loading x" in capsys.readouterr().err
+    capsys.readouterr()  # the closing bar wipes its line
+    with captioning.Progress(5, enabled=False) as silent:
+        silent.say("x")
+    assert capsys.readouterr().err == ""
+
+
+def test_verbose_logs_before_or_after_the_command(picture, tmp_path, capsys):
+    argv = ["caption", str(picture), "--model", "random:tiny", "--method", "none", "--max-new-tokens", "1", "--device", "cpu"]
+    argv += ["--out", str(tmp_path)]
+    for words in (["-v", *argv], [*argv, "-v"]):
+        assert main(words) == 0
+        assert "captioning by none" in capsys.readouterr().err
+    logging.getLogger("dyrate_lib").setLevel(logging.WARNING)
+
+
+def test_a_traceback_only_where_asked_for(tmp_path, capsys):
+    for words, shown in (([], False), (["-vv"], True)):
+        assert main([*words, "caption", str(tmp_path / "none.png"), "--model", "random:tiny", "--method", "none"]) == 2
+        err = capsys.readouterr().err
+        assert ("Traceback" in err) == shown and err.rstrip().splitlines()[-1].startswith("dyrate: no image at")
+    logging.getLogger("dyrate_lib").setLevel(logging.WARNING)
+
+
+def test_help_and_version(capsys):
+    for words, text in ((["--version"], "dyrate 0."), (["--help"], "Exit codes"), (["caption", "--help"], "--json")):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 0 and text in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["captoin"])
+    assert stopped.value.code == 2 and "caption" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_scripts_know_commands_and_options(shell, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    words = ["reproduce", "caption", "fetch", "max-new-tokens"]
+    words += [] if shell == "tcsh" else ["03_benchmarks", "sparsevlm"]  # shtab writes fewer choices for it
+    assert [word for word in words if word not in script] == []
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "dyrate.bash"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "scene.png").touch()
+
+    def completed(*words):
+        listed = " ".join(f"'{w}'" for w in words)
+        program = f"""source {script}
+        function_name=$(complete -p dyrate | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        COMP_WORDS=({listed}); COMP_CWORD={len(words) - 1}
+        $function_name dyrate '{words[-1]}' '{words[-2]}'
+        printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        return done.stdout.split()
+
+    assert completed("dyrate", "cap") == ["caption"]
+    assert completed("dyrate", "caption", "--max") == ["--max-new-tokens"]
+    assert completed("dyrate", "caption", "--method", "spa") == ["sparsevlm"]
+    assert completed("dyrate", "run", "03") == ["03_benchmarks"]
+    assert completed("dyrate", "caption", "sc") == ["scene.png"]

@@ -210,3 +210,18 @@ def test_golden_model(golden_model, golden_inputs, name):
             )
     finally:
         engine.release()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_penalised_prompts_of_other_lengths_keep_their_buffer(model, sampled):
+    """A graph holds the address of the ids that a penalty looks at: prompts that share a plan share it too."""
+    engine = eager_engine(model, buckets=True)
+    kwargs = dict(max_new_tokens=6, eos_token_id=[], repetition_penalty=1.5, do_sample=sampled, seed=0)
+    addresses = set()
+    for after in (3, 7, 5):
+        batch = random_batch(6, ((2, after, True), (1, 4, True)), seed=after)
+        ours = generate(model, batch, METHODS["dyrate"], engine=engine, **kwargs)
+        check_same(ours, generate(model, batch, METHODS["dyrate"], engine="reference", **kwargs))
+        addresses |= {run.state.said.data_ptr() for run in engine.plans.values()}
+    assert len(engine.plans) == len(addresses) == 1
+    engine.release()

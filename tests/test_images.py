@@ -193,3 +193,11 @@ def test_the_limit_holds_when_pillows_own_is_off(monkeypatch):
 def test_picture_without_pixels():
     with pytest.raises(InputError, match="no pixels"):
         load_image(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 60_000), (80_000_000, 1)])
+def test_threads_of_pixels_are_refused_before_decoding(size):
+    """A processor scales the short side to hundreds of pixels, so these would become gigabytes."""
+    with pytest.raises(InputError, match="more than 200 times as long as wide"):
+        load_image(png_of_size(*size))
+    assert load_image(Image.new("RGB", (200, 1))).size == (200, 1)

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from ..request import Sampling
+from .cache import rounded
 from .state import State, send
+
+SAID = 64  # ids that a penalty looks at are kept in rows of a whole number of these, so that near lengths share a graph
 
 
 class Choice:
@@ -37,6 +40,8 @@ class Choice:
                 float(sampling.repetition_penalty),
             )  # fmt: skip
             self.generator = sampling.generator(device)
+        self.width = rounded(ids.shape[1], SAID) if self.penalised else 0
+        self.key = (*self.key, self.width)
         self._processors: Any = [] if forced is not None else sampling.processors()
 
     def load(self, state: State) -> None:
@@ -48,12 +53,12 @@ class Choice:
         if self.forced is not None:
             state.forced[:, : self.forced.shape[1]].copy_(self.forced)
         if self.penalised:
-            # places of the reply hold the row's first id until they are written: penalised anyway
-            whole = torch.cat((self.ids, self.ids[:, :1].expand(-1, state.plan.passes)), dim=1)
-            if state.said is None or state.said.shape != whole.shape:
-                state.said = whole.clone()
-            else:
-                state.said.copy_(whole)
+            # one buffer for all prompts of a plan, whose address a graph holds; places before the prompt, and those of the
+            # reply until they are written, hold the row's first id: penalised anyway
+            if state.said is None:
+                state.said = self.ids.new_empty(self.ids.shape[0], self.width + state.plan.passes)
+            state.said.copy_(self.ids[:, :1].expand_as(state.said))
+            state.said[:, self.width - self.ids.shape[1] : self.width].copy_(self.ids)
 
     def __call__(self, state: State) -> Tensor | None:
         if state.forced is not None:

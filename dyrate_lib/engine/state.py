@@ -145,7 +145,7 @@ class State:
         self.cos_step, self.sin_step = made(b, passes, d, kind=dtype), made(b, passes, d, kind=dtype)
         self.ends, self.pad = made(MOST_ENDS), made(1)
         self.forced = made(b, passes) if plan.choice[0] == "forced" else None
-        self.said = None  # [B, prompt + passes] ids, where the choice asks for them
+        self.said = None  # [B, prompt (padded in front) + passes] ids, where the choice asks for them
 
         self.seen_token, self.seen_alive = made(passes, b), made(passes, b, kind=torch.bool)
         self.seen_kept, self.seen_shares = made(passes, b), made(passes, b, heads, 4, kind=wide)

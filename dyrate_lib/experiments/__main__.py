@@ -1,4 +1,8 @@
-"""`python -m dyrate_lib.experiments NOTEBOOK ...`: the records of one notebook, computed without papermill or a kernel."""
+"""`python -m dyrate_lib.experiments NOTEBOOK ...`: the records of one notebook, computed without papermill or a kernel.
+
+Under `torchrun` or `accelerate launch` the processes share the work: a training's batches by row, replies by batch of
+pictures. Several calls at once, on machines that share the output folder, share everything but a training's batches.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from .. import distributed
 from ..errors import DyRateError, InputError
-from .context import open_study
+from .context import STAGES, open_study
 
 MODULES = {
     "01_attention_analysis": "attention", "02_training": "training_runs", "03_benchmarks": "benchmarks",
@@ -28,16 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-small", default="scenes-small")
     parser.add_argument("--model-base", default="scenes-base")
     parser.add_argument("--data", default="scenes", help="scenes, or coco:/folder")
+    parser.add_argument("--stage", default="records", choices=STAGES[1:], help="records of both models (default), or of one")
     args = vars(parser.parse_args(arguments))
     try:
+        distributed.start()
         for name in [_notebook(text) for text in args.pop("notebook")]:
-            study = open_study(name, **args, stage="records")
+            study = open_study(name, **args)
             start = time.perf_counter()
-            records = importlib.import_module(f"{__package__}.{MODULES[name]}").compute(study)
+            models = None if study.keys_asked == study.keys else study.keys_asked
+            compute = importlib.import_module(f"{__package__}.{MODULES[name]}").compute
+            records = compute(study) if models is None else compute(study, models)
+            if distributed.rank() > 0:
+                continue
             print(f"{name}: {len(records)} records in {time.perf_counter() - start:.1f} s, in {study.store.root}", flush=True)
     except DyRateError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    distributed.stop()
     return 0
 
 

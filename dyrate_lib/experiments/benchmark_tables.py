@@ -339,7 +339,9 @@ def findings(study: Study) -> str:
         for role in study.roles:
             rows = table_rows(study, key, role)
             base = cider(study, row_by_key(rows, "original"), role)
-            even, below, above = [], [], []
+            even: list[str] = []
+            below: list[str] = []
+            above: list[str] = []
             for row in rows[1:]:
                 gap = difference_with_interval(cider(study, row, role), base, study.scale.bootstrap, study.seed)
                 (below if gap["hi"] < 0 else above if gap["lo"] > 0 else even).append(row.label)

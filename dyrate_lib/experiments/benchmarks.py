@@ -60,7 +60,7 @@ def caption_methods(study: Study, key: str) -> list[tuple[str, str, str, Callabl
         if target != BUDGET:
             rows.append(
                 (f"dyrate-{target:g}", f"DyRate (target {target:g})", "dyrate",
-                 lambda target=target: [study.method("dyrate", key, target=target, seed=seeds[0])])
+                 lambda t=target: [study.method("dyrate", key, target=t, seed=seeds[0])])  # type: ignore[misc]
             )  # fmt: skip
     return rows
 

@@ -36,6 +36,7 @@ class StudyCells:
     model: Callable[[str], tuple[Any, Any]]
     weights: Callable[[str], list[Path]]
     dataset: Callable[..., CaptionDataset]
+    ids: Callable[[CaptionDataset], list[str]]
 
     def each(self, items: Iterable[Any], what: str) -> Iterable[Any]:
         """The items, under a progress bar that shows itself only where the work takes a while."""
@@ -46,13 +47,15 @@ class StudyCells:
     def record(
         self, name: str, config: Mapping[str, Any], fn: Callable[[], Any], *, models: Sequence[str] = (),
         inputs: Sequence[str | Path] = (), about: Mapping[str, Any] | None = None, store: Store | None = None,
+        together: bool = False,
     ) -> Record:  # fmt: skip
         """get_or_run in this study's store (or `store`); names and weights of `models` enter the key, `inputs` too."""
         config = {**config, "models": [Path(self.model_name(key)).name for key in models]}
         files = [folder for key in models for folder in self.weights(key)] + list(inputs)
         about = {**({"dtype": self.dtype(models[0])} if models else {}), **(about or {})}
         return self._once(
-            [name, config, files], lambda: get_or_run(name, config, fn, store=store or self.store, inputs=files, about=about)
+            [name, config, files],
+            lambda: get_or_run(name, config, fn, store=store or self.store, inputs=files, about=about, together=together),
         )
 
     def _once(self, what: list[Any], get: Callable[[], Record]) -> Record:

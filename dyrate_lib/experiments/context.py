@@ -20,6 +20,7 @@ from ..loading import SCENES, load_vlm
 from ..methods import VTW, DyRate, FastV, Method, NoReduction, RandomPrune
 from ..models import ModelInfo, model_info
 from ..predictor import RatePredictor
+from ..published import KINDS
 from ..store import Store
 from .cells import Record, StudyCells
 from .output import StudyOutput
@@ -90,8 +91,8 @@ class Study(StudyCells, StudyOutput):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Caption sets to work on: the three of Table II and `late`; with a COCO folder that folder alone."""
-        return ("coco", "nocaps", "flickr30k", "late") if self.on_scenes else ("coco",)
+        """Caption sets to work on: the three of Table II and `late`; of published sets those that were named."""
+        return ("coco", "nocaps", "flickr30k", "late") if self.on_scenes else tuple(data_specs(self.data))
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,11 @@ class Study(StudyCells, StudyOutput):
         if key not in self.names:
             raise InputError(f"no model {key!r}: there are {', '.join(self.names)}")
         return self.names[key]
+
+    def spec(self, role: str) -> str:
+        """The specification of the published set in a caption role."""
+        known = data_specs(self.data)
+        return known.get(role, next(iter(known.values())))
 
     def label(self, key: str) -> str:
         """The model's name for a table, with the role it plays."""
@@ -143,7 +149,8 @@ class Study(StudyCells, StudyOutput):
 
         if name not in self._infos:
             with torch.device("meta"):  # the model's shape alone
-                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(folder[0])))
+                config = AutoConfig.from_pretrained(str(folder[0]), trust_remote_code=False)
+                model = AutoModelForImageTextToText.from_config(config)
             model.dyrate_name = name
             self._infos[name] = model_info(model)
         return self._infos[name]
@@ -200,9 +207,9 @@ class Study(StudyCells, StudyOutput):
     # -- data ------------------------------------------------------------------------------------------------------
 
     def dataset(self, role: str, n: int | None = None) -> CaptionDataset:
-        """The set that plays a role (`ROLE_SPECS`); with data="coco:/folder" that folder plays every caption role.
+        """The set that plays a role (`ROLE_SPECS`); of published sets the first plays every caption role that has none.
 
-        n: None takes the scale's count (a COCO folder with fewer pictures gives all it has).
+        n: None takes the scale's count (a folder with fewer pictures gives all it has).
         """
         if role not in ROLE_SPECS:
             raise InputError(f"no data set in the role {role!r}: there are {', '.join(ROLE_SPECS)}")
@@ -210,8 +217,10 @@ class Study(StudyCells, StudyOutput):
         if self.on_scenes or role == "questions":
             place = (ROLE_SPECS[role], n)
         else:
-            whole = self._datasets.setdefault((self.data, None), open_dataset(self.data, None, self.seed))
-            place = (self.data, min(n, len(whole)))
+            spec = self.spec(role)
+            if (spec, None) not in self._datasets:
+                self._datasets[spec, None] = open_dataset(spec, None, self.seed)
+            place = (spec, min(n, len(self._datasets[spec, None])))
         if place not in self._datasets:
             self._datasets[place] = open_dataset(*place, self.seed)
         return self._datasets[place]
@@ -229,6 +238,27 @@ class Study(StudyCells, StudyOutput):
         """Stops the notebook here if only its records were asked for (stage = "records")."""
         if self.records_only:
             raise StageDone(f"{self.notebook}: all records are there; stopped as asked (stage = 'records')")
+
+
+def data_specs(data: str) -> dict[str, str]:
+    """Published sets by the role they play, Table II's order: "coco:/a,nocaps:/b" is {"coco": "coco:/a", "nocaps": "nocaps:/b"}.
+
+    A parquet folder plays COCO's role. Raises InputError for other kinds, two for one role, or none for COCO's.
+    """
+    parts = [part.strip() for part in re.split(r",(?=\s*[a-z0-9]+:)", data)]
+    found: dict[str, str] = {}
+    for part in parts:
+        kind, _, place = part.partition(":")
+        if kind not in (*KINDS, "parquet") or not place:
+            known = ", ".join(f"{name}:/folder" for name in (*KINDS, "parquet"))
+            raise InputError(f"data={data!r} is unknown: choose scenes, or {known}, several separated by commas")
+        role = "coco" if kind == "parquet" else kind
+        if role in found:
+            raise InputError(f"data={data!r} names two sets for the role of {role}")
+        found[role] = part
+    if "coco" not in found:
+        raise InputError(f"data={data!r}: name coco:/folder or parquet:/folder too; predictors are trained on it")
+    return {role: found[role] for role in ROLE_SPECS if role in found}
 
 
 def open_study(
@@ -254,8 +284,8 @@ def open_study(
             raise InputError(f"{name}={value!r} is unknown: choose {', '.join(known[:-1])} or {known[-1]}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed={seed!r} must be a whole number, 0 or more")
-    if data != "scenes" and not data.startswith("coco:"):
-        raise InputError(f"data={data!r} is unknown: choose scenes, or coco:/folder")
+    if data != "scenes":
+        data_specs(data)
     names = {"small": model_small, "base": model_base}
     if not all(isinstance(name, str) and name for name in names.values()):
         raise InputError(f"model_small and model_base must be names or folders of models, got {names}")

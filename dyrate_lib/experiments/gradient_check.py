@@ -7,6 +7,7 @@ gradient in the logits are known exactly.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -41,7 +42,7 @@ def expected_loss(logits: Tensor) -> Tensor:
     """E[loss] over all n_rates^T paths, exactly. logits: [T, n_rates] float64."""
     log_pi = torch.log_softmax(logits, dim=-1)
     paths = torch.tensor(list(itertools.product(range(N_RATES), repeat=STEPS)))
-    probability = torch.exp(sum(log_pi[t, paths[:, t]] for t in range(STEPS)))
+    probability = torch.exp(functools.reduce(torch.add, (log_pi[t, paths[:, t]] for t in range(STEPS))))
     one_hot = torch.nn.functional.one_hot(paths, N_RATES).double()
     keep = masks.select_masks(one_hot, _rate_masks().expand(len(paths), -1, -1))
     return (probability * toy_loss(keep)).sum()
@@ -112,7 +113,7 @@ def _flops_term(logits: Tensor) -> dict[str, float]:
     def listed(x: Tensor) -> Tensor:
         log_pi = torch.log_softmax(x, dim=-1)
         paths = torch.tensor(list(itertools.product(range(N_RATES), repeat=STEPS)))
-        probability = torch.exp(sum(log_pi[t, paths[:, t]] for t in range(STEPS)))
+        probability = torch.exp(functools.reduce(torch.add, (log_pi[t, paths[:, t]] for t in range(STEPS))))
         return (probability * kept[paths.cummax(dim=1).values].mean(-1)).sum()
 
     pairs = []

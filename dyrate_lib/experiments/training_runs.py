@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from ..datasets import CaptionDataset, Item, open_dataset
-from ..evaluate import batches, describe, predict
+from ..evaluate import ENGINE, batches, describe, predict
 from ..generation import generate
 from ..loading import SCENES
 from ..masks import kept_counts, prefix_masks
 from ..methods import RatePath
 from ..models import Adapter
 from ..predictor import RatePredictor
+from ..published import coco_parts
 from ..training import encode_responses, masked_logits, read_prompt_and_response, train_predictor
 from .budgets import kept_for, reply_shapes
 from .context import Record, Study
@@ -48,13 +49,21 @@ def mixture(split: str, n_scenes: int, seed: int = 0) -> CaptionDataset:
 
 
 def training_set(study: Study) -> CaptionDataset:
-    """What predictors are trained on: scenes of split train, or the pictures of a COCO folder that are not evaluated on.
+    """What predictors are trained on: scenes of split train, or the train part of a COCO folder, where it has one.
 
-    A folder with no more pictures than are evaluated gives all of them: then training has seen the evaluated pictures.
+    Without one, the pictures that are not evaluated on; a folder with no more pictures than are evaluated gives all of them:
+    then training has seen the evaluated pictures.
     """
     if study.on_scenes:
         return mixture("train", TRAIN_SCENES[study.scale.name], study.seed)
-    whole, used = open_dataset(study.data, None, study.seed), len(study.dataset("coco"))
+    spec = study.spec("coco")
+    kind, _, place = spec.partition(":")
+    part = next((name for name in coco_parts(place) if name.startswith("train")), None) if kind == "coco" else None
+    if part is not None and "#" not in place:
+        train = open_dataset(f"{spec}#{part}", None, study.seed)
+        if train.identity["texts"] != study.dataset("coco").identity["texts"]:
+            return train
+    whole, used = open_dataset(spec, None, study.seed), len(study.dataset("coco"))
     first = used if len(whole) >= used + study.scale.train_batch else 0
     return CaptionDataset(
         whole.spec, "coco:train", len(whole) - first, study.seed, lambda i: whole[first + i], whole.identity["texts"]
@@ -115,7 +124,7 @@ def train(study: Study, key: str, target: float, seed: int) -> Record:
         history = [{name: round(float(value), 6) for name, value in row.items()} for row in result.history]
         return {"history": history, "weight": weights.weight, "bias": weights.bias, "n_heads": result.predictor.n_heads}
 
-    return study.record("training", config, fn, models=(key,))
+    return study.record("training", config, fn, models=(key,), together=True)
 
 
 def as_predictor(record: Record) -> RatePredictor:
@@ -202,7 +211,9 @@ def masked_against_discarded(study: Study, key: str = "small") -> Record:
 
     def fn() -> dict[str, Any]:
         model, processor = study.model(key)
-        differences, top, steps = [], 0.0, []
+        differences: list[float] = []
+        steps: list[int] = []
+        top = 0.0
         random = torch.Generator().manual_seed(study.seed)
         for indices, inputs in batches(model, processor, data, list(range(n)), min(n, 10)):
             texts = [data[i].references[0] for i in indices]
@@ -231,7 +242,8 @@ def _compare_once(
     counts = kept_counts(forced.prompt.n_image, N_RATES).gather(1, chosen.to(device))
     masked = masked_logits(adapter, forced, prefix_masks(counts, forced.scores.shape[1]).float())
     path = RatePath(LAYER, [[k / N_RATES for k in row] for row in chosen.tolist()])
-    discarded = generate(model, inputs, path, forced_tokens=response, return_logits=True).logits
+    discarded = generate(model, inputs, path, forced_tokens=response, return_logits=True, engine=ENGINE).logits
+    assert discarded is not None  # asked for
     gap = (masked.float() - discarded.float()).abs().amax(-1)
     return (
         [float(row[:length].max()) for row, length in zip(gap, lengths, strict=True)],

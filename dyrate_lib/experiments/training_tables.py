@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,7 +17,7 @@ from .context import Record, Study
 from .summaries import difference_with_interval, mean_course, mean_with_interval, show_interval
 
 TARGET_COLORS = {0.5: BLUE, 0.333: VERMILION, 0.2: PURPLE}
-_LINES = ("-", "--", ":")
+_LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 Cells = dict[tuple[str, float, int], Record]
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..datasets import COCO_PROMPT
-from ..evaluate import batches, describe
+from ..evaluate import ENGINE, batches, describe
 from ..generation import generate
 from ..images import load_image
 from ..loading import prepare_inputs
@@ -125,7 +125,7 @@ def own_picture(study: Study, key: str, image: str | Path, prompt: str = COCO_PR
 
 
 def _trace(model: Any, processor: Any, inputs: dict, method: Method, longest: int) -> dict[str, Any]:
-    out = generate(model, inputs, method, longest, processor=processor)
+    out = generate(model, inputs, method, longest, processor=processor, engine=ENGINE)
     steps = int(out.lengths[0])
     words = [processor.tokenizer.decode([token]).strip() for token in out.new_tokens[0, :steps].tolist()]
     return {

@@ -1,0 +1,99 @@
+"""lmms-eval from here: the project's tasks known, Java found, and an exit code that tells of failure. Needs lmms-eval.
+
+lmms-eval's own command prints a traceback and leaves with 0 when an evaluation fails, and cannot be told of task folders by
+an entry point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import DyRateError, InputError, ResourceError
+from ..metrics import find_java
+from .task_files import official_folder, write_tasks
+
+
+def evaluate(
+    arguments: Sequence[str], data: str | None = None, scenes_pictures: int = 1000, scenes_seed: int = 0
+) -> int:
+    """Run lmms-eval with these arguments of its command line; returns the exit code (0, or 1 after a failure).
+
+    Under `torchrun` or `accelerate launch` every process calls this; rank 0 prints and writes.
+
+    Raises:
+        InputError, ResourceError: bad arguments, missing data or packages, before any weights are loaded.
+    """
+    if "--model" in arguments or any(a.startswith("--model=") for a in arguments):
+        raise InputError("--model is dyrate here: leave it out, or call lmms-eval itself")
+    if "--trust_remote_code" in arguments:
+        raise InputError("--trust_remote_code would run code that a data set brings: leave it out")
+    official_folder()
+    with contextlib.suppress(ResourceError):  # captions need it, short answers do not
+        os.environ["PATH"] = str(Path(find_java()).parent) + os.pathsep + os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory(prefix="dyrate-tasks-") as folder:
+        known = write_tasks(folder, data, scenes_pictures=scenes_pictures, seed=scenes_seed)
+        _check_tasks(arguments, known)
+        try:
+            return _run([*arguments, "--model", "dyrate", "--include_path", folder])
+        except DyRateError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            print(f"dyrate: the evaluation failed: {error}", file=sys.stderr)
+            return 1
+
+
+def _check_tasks(arguments: Sequence[str], known: Sequence[str]) -> None:
+    asked = [a.partition("=")[2] for a in arguments if a.startswith("--tasks=")]
+    asked += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--tasks"]
+    for name in asked[-1].split(",") if asked else []:
+        if name.endswith("_local") and name not in known:
+            raise InputError(
+                f"the task {name} needs --data FOLDER with parquet files in FOLDER/{name.removesuffix('_local')}"
+            )
+
+
+def _run(arguments: list[str]) -> int:
+    from datetime import timedelta
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+    from lmms_eval.__main__ import cli_evaluate_single, parse_eval_args
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.utils import make_table
+
+    from . import manifest
+
+    MODEL_REGISTRY_V2.register_manifest(
+        manifest(), overwrite=True
+    )  # where the package is not installed, no entry point says so
+    saved, sys.argv = sys.argv, ["lmms-eval", *arguments]
+    try:
+        _, args = parse_eval_args()
+    finally:
+        sys.argv = saved
+    _quiet(args.verbosity)
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    results, _ = cli_evaluate_single(args)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if not results or not results.get("results"):
+            print("dyrate: lmms-eval gave no results", file=sys.stderr)
+            return 1
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
+    return 0
+
+
+def _quiet(level: str) -> None:
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level=level)
