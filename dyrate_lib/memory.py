@@ -85,7 +85,7 @@ def training_memory(
         or response < 1
         or prompt < info.n_image_tokens
         or not 1 <= layer < info.n_layers
-        or bytes_each not in (2, 4)
+        or bytes_each not in (2, 4, 8)
     ):
         raise InputError(
             f"no such training: batch {batch}, prompt of {prompt}, response of {response}, layer {layer} of {info.n_layers}, "

@@ -51,8 +51,8 @@ class Parameter:
             return text
         try:
             value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError):
-            raise InputError(f"parameter {self.name} is of type {self.type_name}, {text!r} is not") from None
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of texts that nest without end, too
+            raise InputError(f"parameter {self.name} is of type {self.type_name}, {text[:80]!r} is not") from None
         return self.check(value)
 
     def check(self, value: Any) -> Any:
@@ -79,7 +79,9 @@ def find_notebook(name: str | Path) -> Path:
         if text == known or (number and known.startswith(number)):
             file = paths.notebooks() / f"{known}.ipynb"
             if not file.is_file():
-                raise ResourceError(f"{file.name} is missing from notebooks/: get a full checkout")
+                raise ResourceError(
+                    f"{file.name} is not in {file.parent}: the study needs a checkout of the project (set DYRATE_HOME to one)"
+                )
             return file
     raise InputError(f"no notebook {text!r}; there are: {', '.join(NOTEBOOKS)}")
 
@@ -88,31 +90,39 @@ def code_cells(file: Path) -> list[dict[str, Any]]:
     """The code cells of a notebook file. InputError when it is none."""
     try:
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file.name} cannot be read as a notebook: {error}") from error
-    return [c for c in cells if c.get("cell_type") == "code"]
+        code = [c for c in cells if c.get("cell_type") == "code"]
+        for cell in code:
+            "".join(cell["source"])
+            cell.setdefault("metadata", {}).get("tags", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file.name} cannot be read as a notebook: {error!r}") from error
+    return code
 
 
 def notebook_parameters(name: str | Path) -> dict[str, Parameter]:
     """The parameters a notebook declares, in order: literal assignments of the one cell tagged `parameters`."""
     file = find_notebook(name)
-    cells = [c for c in code_cells(file) if "parameters" in c.get("metadata", {}).get("tags", [])]
+    cells = [c for c in code_cells(file) if "parameters" in (c["metadata"].get("tags") or ())]
     if len(cells) != 1:
         raise InputError(f"{file.name} has {len(cells)} cells tagged 'parameters'; it must have one")
     source = "".join(cells[0]["source"])
-    help_at = {
-        t.start[0]: t.string.lstrip("# ").strip()
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
+    try:
+        help_at = {
+            t.start[0]: t.string.lstrip("# ").strip()
+            for t in tokenize.generate_tokens(io.StringIO(source).readline)
+            if t.type == tokenize.COMMENT
+        }
+        body = ast.parse(source).body
+    except (SyntaxError, tokenize.TokenError, ValueError, MemoryError, RecursionError) as error:
+        raise InputError(f"{file.name}: its parameters are no Python: {error}") from error
     out: dict[str, Parameter] = {}
-    for node in ast.parse(source).body:
+    for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         value = getattr(node, "value", None)
         if isinstance(target, ast.Name) and isinstance(value, ast.expr):
             try:
                 default = ast.literal_eval(value)
-            except ValueError as error:
+            except (ValueError, TypeError, MemoryError, RecursionError) as error:
                 raise InputError(f"{file.name}: parameter {target.id} is no literal, so it cannot be set") from error
             out[target.id] = Parameter(target.id, default, help_at.get(value.end_lineno or 0, ""))
     return out
@@ -177,6 +187,7 @@ def run_notebook(
     values = check_parameters(source, params or {})
     try:
         import papermill
+        from nbclient.exceptions import DeadKernelError
     except ImportError as error:
         raise ResourceError("papermill is not installed: pip install papermill, or use `make env`") from error
     folder = Path(out_dir) if out_dir else paths.build() / "notebooks"
@@ -196,6 +207,14 @@ def run_notebook(
             return stopped
         os.replace(part, failed)
         raise NotebookFailed(_failure(source.stem, error, failed)) from None
+    except DeadKernelError as error:
+        kept = f"what ran is in {failed}" if part.is_file() else "nothing of it was written"
+        if part.is_file():
+            os.replace(part, failed)
+        raise NotebookFailed(
+            f"{source.stem}: its process ended in the middle of a cell ({error}), killed, or out of memory; {kept}. "
+            "What was computed before is kept and is not computed again."
+        ) from None
     except OSError as error:
         raise ResourceError(f"{source.stem}: cannot write into {folder}: {error.strerror or error}") from error
     os.replace(part, done)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import masks
+from .checksums import tensors_digest
 from .errors import InputError, ResourceError
 
 
@@ -59,20 +63,32 @@ class RatePredictor(nn.Module):
         return 2 * 4 * self.n_heads * self.n_rates + self.n_rates
 
     def save(self, path: str | Path, **metadata: Any) -> Path:
-        """Write weights and metadata to a safetensors file, atomically. Returns the path."""
+        """Write weights, metadata and a checksum of both to a safetensors file, atomically. Returns the path.
+
+        Raises:
+            ResourceError: a full disk, or a folder that cannot be written; what was there before stays as it was.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.metadata.update(metadata)
         head = {"n_heads": self.n_heads, "n_rates": self.n_rates, "layer": self.layer, **self.metadata}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        head["sha256"] = tensors_digest(json.dumps(head, sort_keys=True), tensors)
         try:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed while writing
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink(missing_ok=True)
             save_file(tensors, temporary, metadata={"rate_predictor": json.dumps(head, sort_keys=True)})
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise ResourceError(
                 f"The predictor could not be written to {path}: {error}. Free some room or choose another folder."
             ) from error
@@ -83,7 +99,7 @@ class RatePredictor(nn.Module):
         """Read a predictor written by `save`.
 
         Raises:
-            ResourceError: no such file. InputError: not a predictor, or damaged.
+            ResourceError: no such file. InputError: not a predictor, or damaged: its checksum does not fit, or is missing.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -94,10 +110,14 @@ class RatePredictor(nn.Module):
             with safe_open(path, framework="pt") as file:
                 head = json.loads((file.metadata() or {})["rate_predictor"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if head.pop("sha256") != tensors_digest(json.dumps(head, sort_keys=True), tensors):
+                raise ValueError("its checksum does not fit its content")
             shape = {key: head.pop(key) for key in ("n_heads", "n_rates", "layer")}
+            if tuple(tensors["linear.weight"].shape) != (shape["n_rates"], 4 * shape["n_heads"]):
+                raise ValueError("its weights are not of the size it says")  # before room is made for a size it says
             predictor = cls(**shape, metadata=head)
             predictor.load_state_dict(tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OSError) as error:
             raise InputError(
                 f"{path} is not a rate predictor, or it is damaged ({error}): restore or retrain it."
             ) from error

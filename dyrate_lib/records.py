@@ -22,6 +22,7 @@ from typing import Any
 from .errors import InputError, RecordError, ResourceError
 
 FORMAT = 1
+MOST_BYTES = 2**30  # of a record's JSON: a file of a few MB can hold zeros for all of the memory
 TEMPORARY = ".writing-"  # prefix of files that are not records yet
 _GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff"  # no name, no time: equal content gives equal files
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -45,7 +46,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
         if content[: len(_GZIP_HEADER)] != _GZIP_HEADER:
             raise ValueError("its header is not one this library writes")
         stream = zlib.decompressobj(wbits=31)
-        text = stream.decompress(content)
+        text = stream.decompress(content, MOST_BYTES)
+        if stream.unconsumed_tail:
+            raise ValueError(f"it holds more than {MOST_BYTES // 2**20} MiB")
         if not stream.eof or stream.unused_data:
             raise ValueError("it is cut off or has something appended")
         record = json.loads(text)
@@ -55,7 +58,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         key = record_key(record["name"], record["config"], record["inputs"])
         if path.parent.name != f"{key}.parts" and path.name != f"{key}.json.gz":
             raise ValueError(f"its content belongs to {key}.json.gz")
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise RecordError(
             f"the record {path} was altered or damaged ({error}): restore it (`git checkout -- {path.name}` in its "
             "folder, if it is a committed one) or delete it, and it will be computed anew"
@@ -133,16 +136,17 @@ def hash_inputs(inputs: Sequence[str | Path]) -> list[dict[str, str]]:
 
 def _hash_input(path: Path) -> str:
     if path.is_file():
-        return _hash_file(path)
+        return hash_file(path)
     if not path.is_dir():
         raise ResourceError(f"the input {path} does not exist")
     files = sorted(f for f in path.iterdir() if f.is_file() and (f.suffix in _WEIGHTS or f.name in _SETTINGS))
     if not any(f.suffix in _WEIGHTS for f in files):
         raise ResourceError(f"the input folder {path} holds no weights ({', '.join('*' + s for s in _WEIGHTS)})")
-    return sha256(canonical([[f.name, _hash_file(f)] for f in files]))
+    return sha256(canonical([[f.name, hash_file(f)] for f in files]))
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, once for as long as its size and time stay. Raises ResourceError."""
     try:
         state = path.stat()
         known = (str(path.resolve()), state.st_mtime_ns, state.st_size)

@@ -4,10 +4,14 @@ A record is one gzipped JSON file, `<root>/<name>/<key>.json.gz`. Its key is a h
 the content of the input files; machine, paths and date take no part in it, so that a record made on one machine is
 found on another. Every write is atomic, every read is checked, and lists of items are saved batch by batch, so that a
 kill loses one batch at most.
+
+Any number of processes may work on one store at once, on one machine or on several that share the folder: what one has
+claimed (`claims`) the others wait for, and the batches of a list of items are shared out among all that ask for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -15,8 +19,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import paths
-from .errors import InputError, RecordError, ResourceError
+from . import distributed, paths
+from .claims import claimed
+from .errors import InputError, ResourceError
+from .parts import Parts, joined, work_through
 from .provenance import provenance
 from .records import (
     FORMAT,
@@ -33,6 +39,7 @@ from .records import (
 
 # finished results by the file they belong into, kept until they are written: a second try must not compute them anew
 _unsaved: dict[Path, dict] = {}
+_SEEN_WITHIN = 60.0  # seconds
 
 
 class Store:
@@ -93,6 +100,7 @@ def get_or_run(
     store: Store | str | Path,
     inputs: Sequence[str | Path] = (),
     about: Mapping[str, Any] | None = None,
+    together: bool = False,
 ) -> dict[str, Any]:
     """The stored record of this configuration, or the result of `fn()`, stored.
 
@@ -103,6 +111,7 @@ def get_or_run(
         store: a Store, or a folder that serves as one.
         inputs: files and checkpoint folders that determine the result; their content enters the key.
         about: additions to the provenance, e.g. {"dtype": "bfloat16"}.
+        together: under `torchrun` all its processes call `fn` at once and share its work; the first one's result is kept.
 
     Returns:
         dict with config, inputs, provenance, payload (as read back from JSON: the same the first time as ever after).
@@ -116,17 +125,45 @@ def get_or_run(
     store = store if isinstance(store, Store) else Store(store)
     config, hashes = to_plain(config, "config"), hash_inputs(inputs)
     key = record_key(name, config, hashes)
-    found = store.find(name, key)
-    if found:
+    found, together = store.find(name, key), together and distributed.size() > 1
+    if found and not together:  # together all look at once, so that none goes on alone
         return read_record(found)
     path = store.path(name, key)
-    if path not in _unsaved:
+    if not found and path not in _unsaved:
         _prepare(store, name, key)
-        start = time.perf_counter()
-        payload = to_plain(fn(), "payload", allow_paths=True)
-        made_by = provenance(time.perf_counter() - start, about)
-        _unsaved[path] = _record(name, config, hashes, made_by, payload)
-    return _finish(path)
+
+    def make() -> None:
+        if path not in _unsaved:
+            start = time.perf_counter()
+            payload = to_plain(fn(), "payload", allow_paths=True)
+            made_by = provenance(time.perf_counter() - start, about)
+            _unsaved[path] = _record(name, config, hashes, made_by, payload)
+
+    if together:
+        return _made_together(store, name, key, make)
+    with _claim(path):
+        found = store.find(name, key)  # by the process that held the claim before
+        if found is None:
+            make()
+            return _finish(path)
+    _unsaved.pop(path, None)
+    return read_record(found)
+
+
+def _made_together(store: Store, name: str, key: str, make: Callable[[], None]) -> dict[str, Any]:
+    """As the rest of `get_or_run`, by all processes of a launch: the first claims, looks and writes, all work."""
+    path, first = store.path(name, key), distributed.rank() == 0
+    with _claim(path) if first else contextlib.nullcontext():
+        if not distributed.agreed(first and store.find(name, key) is not None):
+            make()
+            if first:
+                _finish(path)
+            _unsaved.pop(path, None)
+        distributed.barrier()
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while (found := store.find(name, key)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)  # a network file system may show another machine's file late
+    return read_record(found or path)
 
 
 def run_items(
@@ -143,6 +180,9 @@ def run_items(
     progress: bool = True,
 ) -> dict[str, Any]:
     """As `get_or_run`, for one result per item, saved batch by batch: after a kill the next call goes on from there.
+
+    Processes that ask for the same record at once share its batches: each item is worked on once, and all get the same
+    record. A batch begins at a multiple of `batch_size`, whoever makes it, so that a reply does not hang on how many there are.
 
     Args:
         items: what to work on; their `id` attributes, or `ids`, enter the key.
@@ -169,24 +209,44 @@ def run_items(
     path, parts = store.path(name, key), store.root / name / f"{key}.parts"
     if path not in _unsaved:
         _prepare(store, name, key)
-        results, made_by = _load_parts(parts, key, len(names))
-        todo = [i for i in range(len(names)) if i not in results]
-        batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-        for batch in _bar(batches, name, len(names), len(results), progress):
-            start = time.perf_counter()
-            batch_results = to_plain(list(fn([items[i] for i in batch])), "results", allow_paths=True)
-            if len(batch_results) != len(batch):
-                raise InputError(f"{name}: the function gave {len(batch_results)} results for {len(batch)} items")
-            made_by.append(provenance(time.perf_counter() - start, about))
-            part = {"index": batch, "results": batch_results}
-            record = _record(name, config, hashes, made_by[-1], part)
-            write_record(parts / f"{batch[0]:08d}-{batch[-1]:08d}-{len(batch)}.json.gz", record)
-            results.update(zip(batch, batch_results, strict=True))
-        payload = {"ids": names, "results": [results[i] for i in range(len(names))]}
-        _unsaved[path] = _record(name, config, hashes, _joined(made_by), payload)
-    record = _finish(path)
+
+    def save(todo: list[int]) -> None:
+        start = time.perf_counter()
+        results = to_plain(list(fn([items[i] for i in todo])), "results", allow_paths=True)
+        if len(results) != len(todo):
+            raise InputError(f"{name}: the function gave {len(results)} results for {len(todo)} items")
+        made_by = provenance(time.perf_counter() - start, about)
+        record = _record(name, config, hashes, made_by, {"index": todo, "results": results})
+        write_record(parts / f"{todo[0]:08d}-{todo[-1]:08d}-{len(todo)}.json.gz", record)
+
+    while (record := _assembled(store, path, parts, key, names)) is None:
+        made = Parts(parts, key, len(names))
+        work_through(name, made, batch_size, save, lambda: store.find(name, key) is not None, progress)
     shutil.rmtree(parts, ignore_errors=True)
     return record
+
+
+def _assembled(store: Store, path: Path, parts: Path, key: str, names: list[str]) -> dict[str, Any] | None:
+    """The record made of all parts, or by another process; None while parts are missing."""
+    name = path.parent.relative_to(store.root).as_posix()
+    with _claim(path):
+        found = store.find(name, key)
+        if found is None:
+            if path not in _unsaved:  # from the files alone: whoever puts them together gets the same record
+                made = Parts(parts, key, len(names))
+                if len(made.results) < len(names):
+                    return None
+                payload = {"ids": names, "results": [made.results[i] for i in range(len(names))]}
+                about = {field: made.last[field] for field in ("name", "config", "inputs")}
+                _unsaved[path] = _record(made_by=joined(made.made_by), payload=payload, **about)
+            return _finish(path)
+    _unsaved.pop(path, None)
+    return read_record(found)
+
+
+def _claim(path: Path) -> contextlib.AbstractContextManager[bool]:
+    """The claim on a record that is to be written to `path`."""
+    return claimed(path.with_name(f".{path.name}.lock"), f"{path.parent.name}/{path.name}")
 
 
 def _prepare(store: Store, name: str, key: str) -> None:
@@ -202,6 +262,9 @@ def _prepare(store: Store, name: str, key: str) -> None:
         for left in folder.glob(f"{TEMPORARY}*"):  # of a process that was killed while writing, unless it is recent
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink(missing_ok=True)
+        for claim in folder.glob(".*.lock"):  # of one that was killed between its record and the end of its claim
+            if (folder / claim.name[1 : -len(".lock")]).is_file():
+                claim.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=folder) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
@@ -215,18 +278,15 @@ def _finish(path: Path) -> dict[str, Any]:
     return read_record(path)
 
 
-def _record(name: str, config: Any, hashes: list, made_by: dict, payload: Any) -> dict[str, Any]:
+def _record(name: str, config: Any, inputs: list, made_by: dict, payload: Any) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "name": name,
         "config": config,
-        "inputs": hashes,
+        "inputs": inputs,
         "provenance": to_plain(made_by, "about", allow_paths=True),
         "payload": payload,
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- parts
 
 
 def _item_ids(items: Sequence[Any], ids: Sequence[str] | None) -> list[str]:
@@ -238,36 +298,3 @@ def _item_ids(items: Sequence[Any], ids: Sequence[str] | None) -> list[str]:
     if len(set(names)) != len(names):
         raise InputError("item ids must differ from each other")
     return names
-
-
-def _load_parts(folder: Path, key: str, n_items: int) -> tuple[dict[int, Any], list[dict]]:
-    """Results by item index and the provenances, from the batches an interrupted run left behind."""
-    results: dict[int, Any] = {}
-    made_by = []
-    for path in sorted(folder.glob("*.json.gz")) if folder.is_dir() else []:
-        try:
-            part = read_record(path)
-        except ResourceError:
-            continue  # another process has finished this very record and removed its parts
-        index = part["payload"]["index"]
-        if record_key(part["name"], part["config"], part["inputs"]) != key or not all(i < n_items for i in index):
-            raise RecordError(f"{path} belongs to another record: delete it")
-        results.update(zip(index, part["payload"]["results"], strict=True))
-        made_by.append(part["provenance"])
-    return results, made_by
-
-
-def _joined(made_by: list[dict]) -> dict[str, Any]:
-    """One provenance for all batches: seconds add up, machines are all named, the rest is the last batch's."""
-    devices = list(dict.fromkeys(entry["device"] for entry in made_by))
-    last = made_by[-1]
-    return {**last, "device": " + ".join(devices), "seconds": round(sum(entry["seconds"] for entry in made_by), 3)}
-
-
-def _bar(batches: list[list[int]], name: str, total: int, done: int, progress: bool) -> Iterable[list[int]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, initial=done, desc=name, unit="item", disable=not progress) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))

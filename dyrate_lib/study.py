@@ -39,7 +39,7 @@ SCALES = ("smoke", "full")
 # committed records on a CPU.
 MINUTES: dict[str, dict[str, float]] = {
     "smoke": dict(zip(NOTEBOOKS, (1, 0.7, 1.5, 3.5, 0.7, 1, 0.5, 0.3), strict=True)),
-    "full": dict(zip(NOTEBOOKS, (18, 1, 10, 22, 10, 4, 1, 0.2), strict=True)),
+    "full": dict(zip(NOTEBOOKS, (18, 1, 10, 22, 60, 4, 1, 0.2), strict=True)),
     "redraw": dict(zip(NOTEBOOKS, (0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.2), strict=True)),
 }
 
@@ -55,7 +55,7 @@ def _digest(files: Sequence[Path], base: Path) -> str:
 def _everything_read(records: str) -> str:
     """Hash of what a notebook's result hangs on beside itself: the library and the shipped data."""
     library = Path(__file__).resolve().parent
-    data = [paths.checkpoints(), paths.predictors(), paths.data() / "paper"]
+    data = [paths.checkpoints(), paths.predictors(), paths.paper()]
     if records == "committed":
         data.append(paths.results())
     files = sorted(p for folder in data for p in folder.rglob("*") if p.is_file())
@@ -67,16 +67,25 @@ class _State:
 
     def __init__(self, out: Path) -> None:
         self.file = out / "state.json"
+        self.done: dict[str, dict[str, Any]] = {}
         try:
-            self.done: dict[str, dict[str, Any]] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none yet, or a kill tore it: run again, the records still spare the work
-            self.done = {}
+            for name, entry in json.loads(self.file.read_text(encoding="utf-8")).items():
+                self.done[name] = {"key": str(entry["key"]), "seconds": float(entry["seconds"])}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self.done = {}  # none yet, or damaged: run again, the records still spare the work
 
     def set(self, name: str, key: str, seconds: float) -> None:
         self.done[name] = {"key": key, "seconds": round(seconds, 1)}
         part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(part, self.file)
+        try:
+            part.write_text(json.dumps(self.done, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(part, self.file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise ResourceError(
+                f"cannot note in {self.file} that {name} is finished ({error.strerror or error}): its records are kept"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -133,6 +142,10 @@ def reproduce(
         asked |= {"model_small": small.strip(), "model_base": (base or small).strip()}
     if data:
         asked["data"] = data
+        if data != "scenes":
+            from dyrate_lib.experiments.context import data_specs
+
+            data_specs(data)
     plan = []
     for file in files:  # every parameter of every notebook is checked before the first one runs
         known = notebook_parameters(file)
@@ -189,15 +202,26 @@ def figures(progress: bool = True) -> Path:
 
 
 def read_scoreboard(folder: str | Path) -> Any:
-    """The scoreboard that notebook 07 left as `scoreboard.csv` in `folder` (a DataFrame). ResourceError if there is none."""
+    """The scoreboard that notebook 07 left as `scoreboard.csv` in `folder` (a DataFrame).
+
+    ResourceError if there is none, InputError for one that was altered or damaged.
+    """
     import pandas as pd
 
     file = Path(folder) / "scoreboard.csv"
     if not file.is_file():
         raise ResourceError(f"there is no {file}: run the study first (make reproduce)")
-    return pd.read_csv(file, keep_default_na=False)
+    try:
+        board = pd.read_csv(file, keep_default_na=False, dtype=str)
+        missing = [name for name in _COLUMNS if name not in board.columns]
+        if missing:
+            raise ValueError(f"it has no column {missing[0]!r}")
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors, as wrong encodings are
+        raise InputError(f"{file} was altered or damaged ({error}): run notebook 07 again") from error
+    return board
 
 
+_COLUMNS = ("element", "claim", "notebook", "paper", "ours", "verdict", "evidence")
 _MARKS = ("<!-- scoreboard -->", "<!-- /scoreboard -->")
 
 
@@ -209,7 +233,10 @@ def write_scoreboard(file: str | Path, folder: str | Path) -> None:
     from dyrate_lib.plotting import markdown_table
 
     file = Path(file)
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file.name} cannot be read: {error}") from error
     if [text.count(m) for m in _MARKS] != [1, 1] or text.index(_MARKS[0]) > text.index(_MARKS[1]):
         raise InputError(f"{file.name} must hold {_MARKS[0]} and, after it, {_MARKS[1]}, each once")
     board = read_scoreboard(folder)

@@ -2,19 +2,22 @@
 
 The VLM is frozen; only the predictor learns. Since layers < P see every token, the attention shares v_t of all steps
 come from one unpruned pass and do not depend on the rates drawn, so one forward pass trains all steps of a response.
+
+Under `torchrun` or `accelerate launch` (`distributed`) every batch is shared by row among the processes: the same rows, draws
+and loss as with one, so the predictor is the same to float rounding, whatever their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import masks
+from . import distributed, masks
 from .accounting import flop_steps
 from .errors import InputError
 from .loading import prepare_inputs
@@ -60,7 +63,7 @@ class FlopsRatio:
         self.info, self.layer, self.n_rates, self.convention = info, layer, n_rates, convention
         self._tables: dict[tuple[int, int, int], tuple[Tensor, float]] = {}
 
-    def __call__(self, distribution: Tensor, prompt: Prompt, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, distribution: Tensor, prompt: Prompt | _Lengths, lengths: Sequence[int]) -> Tensor:
         """[B, R, n_rates] distribution of the rate in force at each step; lengths: valid steps. Returns [B]."""
         out = []
         triples = zip(prompt.length.tolist(), prompt.n_image.tolist(), lengths, strict=True)
@@ -129,7 +132,7 @@ def train_predictor(
     progress: bool = True,
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainResult:
-    """Train a `RatePredictor` on a frozen VLM. Deterministic by `seed` on one device.
+    """Train a `RatePredictor` on a frozen VLM. Deterministic by `seed` on one device; processes of one launch share the work.
 
     dataset: items with `image`, `prompt` (user text) and `references`; one reference is drawn at random each time.
     target: the FLOPs ratio to reach, in `convention` ("paper", "paper-prefill" or "cached", named in the file).
@@ -141,7 +144,7 @@ def train_predictor(
     is asked and does not look at the picture: whatever the classifier adds, it adds to that.
 
     Raises:
-        InputError: a setting out of range, raised before the model runs.
+        InputError: a setting out of range, or fewer rows in a batch than processes; raised before the model runs.
     """
     adapter, info = Adapter(model), model_info(model)
     if not 0 < target <= 1:
@@ -150,6 +153,8 @@ def train_predictor(
         raise InputError(f"layer={layer} is out of range: choose 1..{adapter.n_layers - 1} for this model.")
     if steps < 1 or batch_size < 1 or min(tau) <= 0:
         raise InputError("steps and batch_size must be at least 1, temperatures above 0.")
+    if len(dataset):
+        distributed.rows(min(batch_size, len(dataset)))
     from tqdm.auto import tqdm
 
     device = next(model.parameters()).device
@@ -162,19 +167,23 @@ def train_predictor(
     batches = _batches(dataset, batch_size, draw)
 
     def read_batch() -> tuple[TeacherForced, Tensor, list[int]]:
+        """This process's rows of the next batch, and the lengths of all its responses."""
         indices = next(batches)
         items = [dataset[i] for i in indices]
         picks = [int(torch.randint(len(item.references), (1,), generator=draw)) for item in items]
         texts = [item.references[pick] for item, pick in zip(items, picks, strict=True)]
-        inputs = _inputs(model, processor, dataset, indices, items, device)
         response, lengths = encode_responses(processor.tokenizer, texts, max_new_tokens, device)
-        return read_prompt_and_response(adapter, adapter.embed(inputs), response, layer), response, lengths
+        mine = distributed.rows(len(indices))
+        inputs = _inputs(model, processor, dataset, [indices[i] for i in mine], [items[i] for i in mine], device)
+        return read_prompt_and_response(adapter, adapter.embed(inputs), response[mine], layer), response[mine], lengths
 
     first = [read_batch() for _ in range(_SCALING_BATCHES)]
-    learner = _Scaled(predictor, torch.cat([f.shares[b, :n] for f, _, ns in first for b, n in enumerate(ns)]))
-    _fit_bias(predictor, [(f.prompt, ns) for f, _, ns in first[:2]], ratio_of, target, tau[0])
-    del first
-    for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress):
+    rows = [f.shares[b, : ns[i]] for f, _, ns in first for b, i in enumerate(distributed.rows(len(ns)))]
+    scaled = _Scaled(predictor, torch.cat(rows))
+    _fit_bias(predictor, [(_Lengths.of_all(f.prompt, len(ns)), ns) for f, _, ns in first[:2]], ratio_of, target, tau[0])
+    learner = distributed.as_shared(scaled)
+    del first, rows
+    for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress or distributed.rank() > 0):
         forced, response, lengths = read_batch()
         now = tau[0] * (tau[1] / tau[0]) ** (step / max(steps - 1, 1))
         for group in optimizer.param_groups:
@@ -192,7 +201,7 @@ def train_predictor(
         model=info.name, target=target, convention=convention, seed=seed, steps=steps, batch_size=batch_size,
         lr=lr, lam=lam, tau=list(tau),
     )  # fmt: skip
-    learner.fold()
+    scaled.fold()
     return TrainResult(predictor.cpu().eval().requires_grad_(False), history)
 
 
@@ -200,32 +209,62 @@ def predictor_loss(
     adapter: Adapter, logits: Tensor, forced: TeacherForced, response: Tensor, lengths: Sequence[int],
     ratio_of: FlopsRatio, tau: float, target: float, lam: float, noise: torch.Generator | None,
 ) -> tuple[dict[str, float], Tensor]:  # fmt: skip
-    """One batch's loss from the predictor's logits [B, R, n_rates]: (figures for the history, differentiable scalar).
+    """One batch's loss from the predictor's logits [b, R, n_rates]: (figures for the history, differentiable scalar).
+
+    The b rows are this process's (`distributed.rows`), all where there is one; lengths and figures are of the whole batch. The
+    scalar's gradient, averaged over the processes, is the whole loss's.
 
     The temperature sharpens the distribution itself, for the draws and for the expected FLOPs alike. At a fixed one the
     two part: over the steps the highest of many draws lies far above the argmax, so training would meet the target
     where inference, which takes the argmax, does not come near it.
     """
-    n_rates = logits.shape[-1]
+    n_rates, n = logits.shape[-1], len(lengths)
+    mine = distributed.rows(n)
+    own = [lengths[i] for i in mine]
     sharpened = logits / tau
-    one_hot = masks.gumbel_one_hot(sharpened, 1.0, noise)
+    one_hot = _drawn(sharpened, mine, n, noise)
     rate_masks = masks.prefix_masks(masks.kept_counts(forced.prompt.n_image, n_rates), forced.scores.shape[1]).float()
     keep = masks.select_masks(one_hot, rate_masks)
     predicted = masked_logits(adapter, forced, keep)
-    valid = (
-        torch.arange(response.shape[1], device=response.device) < torch.tensor(lengths, device=response.device)[:, None]
-    )
-    ce = F.cross_entropy(predicted[valid].float(), response[valid])
+    valid = torch.arange(response.shape[1], device=response.device) < torch.tensor(own, device=response.device)[:, None]
     in_force = masks.running_rate_distribution(torch.softmax(sharpened, dim=-1))
-    ratio = ratio_of(in_force, forced.prompt, lengths).mean()
+    ratios = ratio_of(in_force, forced.prompt, own)
     with torch.no_grad():
-        hard = ratio_of(hard_distribution(logits), forced.prompt, lengths).mean()
+        hard = distributed.total(ratio_of(hard_distribution(logits), forced.prompt, own).sum()) / n
+    if distributed.size() == 1:
+        ce, ratio = F.cross_entropy(predicted[valid].float(), response[valid]), ratios.mean()
+        loss = ce + lam * (ratio - target) ** 2
+    else:
+        told = F.cross_entropy(predicted[valid].float(), response[valid], reduction="sum") / sum(lengths)
+        ce, ratio = distributed.total(told), distributed.total(ratios.sum()) / n
+        part = told + 2 * lam * (ratio - target) * ratios.sum() / n  # whose gradients add up to the loss's
+        part = part * distributed.size()  # they are averaged, not summed
+        loss = part + (ce + lam * (ratio - target) ** 2 - part).detach()  # the whole loss's value, the part's gradient
     figures = {"ce": float(ce.detach()), "flops_ratio": float(ratio.detach()), "hard_ratio": float(hard)}
-    return figures, ce + lam * (ratio - target) ** 2
+    return figures, loss
+
+
+def _drawn(logits: Tensor, mine: Sequence[int], n: int, noise: torch.Generator | None) -> Tensor:
+    """One draw of a rate a step, one-hot, for rows `mine` of a batch of n: the draws that one process alone would make."""
+    if len(mine) == n:
+        return masks.gumbel_one_hot(logits, 1.0, noise)
+    whole = logits.new_zeros(n, *logits.shape[1:]).index_copy(0, torch.tensor(mine, device=logits.device), logits)
+    return masks.gumbel_one_hot(whole, 1.0, noise)[mine]
+
+
+class _Lengths(NamedTuple):
+    """What the FLOPs of prompts hang on; as in `Prompt`."""
+
+    length: Tensor
+    n_image: Tensor
+
+    @classmethod
+    def of_all(cls, prompt: Prompt, n: int) -> _Lengths:
+        return cls(distributed.gathered(prompt.length, n), distributed.gathered(prompt.n_image, n))
 
 
 def _fit_bias(
-    predictor: RatePredictor, batches: Sequence[tuple[Prompt, Sequence[int]]], ratio_of: FlopsRatio, target: float, tau: float
+    predictor: RatePredictor, batches: Sequence[tuple[_Lengths, Sequence[int]]], ratio_of: FlopsRatio, target: float, tau: float
 ) -> None:  # fmt: skip
     """Give the bias the values at which a distribution that ignores its input meets the budget, drawn at `tau`."""
     bias = predictor.linear.bias
@@ -252,8 +291,9 @@ class _Scaled(torch.nn.Module):
     def __init__(self, predictor: RatePredictor, rows: Tensor) -> None:
         super().__init__()
         flat = rows.float().flatten(-2).reshape(-1, 4 * predictor.n_heads)
-        self.predictor, self.mean = predictor, flat.mean(0)
-        self.std = flat.std(0).clamp(min=1e-3) * flat.shape[-1] ** 0.5
+        self.predictor = predictor
+        self.mean, std = distributed.mean_and_std(flat)
+        self.std = std.clamp(min=1e-3) * flat.shape[-1] ** 0.5
 
     def forward(self, shares: Tensor) -> Tensor:
         return self.predictor.linear((shares.float().flatten(-2) - self.mean) / self.std)

@@ -257,6 +257,7 @@ def test_store_chain_reads_committed_and_writes_elsewhere(tmp_path):
 
 def test_fresh_store_never_reads_committed_records(tmp_path, monkeypatch):
     monkeypatch.setenv("DYRATE_HOME", str(tmp_path))
+    (tmp_path / "data" / "paper").mkdir(parents=True)  # which makes it a checkout
     get_or_run("n", {}, lambda: "committed", store=tmp_path / "data" / "results")
     fn = Counted("fresh")
     assert get_or_run("n", {}, fn, store=Store.committed())["payload"] == "committed" and not fn.calls

@@ -20,10 +20,14 @@ EXTRAS = PROJECT["optional-dependencies"]
 LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
 PINS = [Requirement(line) for line in LINES]
 LOCK = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in PINS}
-HERE = {canonicalize_name(pin.name) for pin in PINS if pin.marker is None or pin.marker.evaluate()}  # triton: Linux only
+HERE = {
+    canonicalize_name(pin.name) for pin in PINS if pin.marker is None or pin.marker.evaluate()
+}  # triton: Linux only
 DECLARED = [Requirement(r) for group in (PROJECT["dependencies"], *EXTRAS.values()) for r in group]
-# `make lmms` adds lmms-eval to an environment that the lock describes; the lock itself does without
-LOCKED = [Requirement(r) for name in EXTRAS if name != "lmms" for r in EXTRAS[name]] + DECLARED[: len(PROJECT["dependencies"])]
+# `make lmms`, `make soak` and JOBS add theirs to an environment that the lock describes; the lock itself does without
+LOCKED = [Requirement(r) for name in EXTRAS if name not in ("lmms", "jobs", "fuzz") for r in EXTRAS[name]] + DECLARED[
+    : len(PROJECT["dependencies"])
+]
 # What a package is imported as, where that is not its name.
 IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "ipython": "IPython"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -54,14 +54,19 @@ class DyRate(Method):
                 f"DyRate: the predictor was trained for layer {trained}, not {self.layer}: leave layer out, or train one."
             )
 
+    @property
+    def loaded(self) -> RatePredictor:
+        """`predictor`, which was read when the method was made if it was given as a path."""
+        return cast(RatePredictor, self.predictor)
+
     def prepare(self, n_layers: int, n_heads: int, device: torch.device) -> int:
         layer = self.resolve_layer(n_layers)
-        if self.predictor.n_heads != n_heads:
+        if self.loaded.n_heads != n_heads:
             raise InputError(
-                f"DyRate: the predictor reads {self.predictor.n_heads} heads, the model has {n_heads}: it was trained for "
+                f"DyRate: the predictor reads {self.loaded.n_heads} heads, the model has {n_heads}: it was trained for "
                 "another model; train one for this model (notebook 02)."
             )
-        self._placed = copy.deepcopy(self.predictor).to(device)
+        self._placed = copy.deepcopy(self.loaded).to(device)
         return layer
 
     def plan(self, n_image: int, n_layers: int, steps: int = 1) -> np.ndarray:
@@ -71,8 +76,9 @@ class DyRate(Method):
         )
 
     def _kept(self, shares: Tensor, n_image: Tensor) -> Tensor:
+        assert self._placed is not None  # by prepare
         rate = self._placed(shares).argmax(-1, keepdim=True)
-        return masks.kept_counts(n_image, self.predictor.n_rates).gather(-1, rate)[..., 0]
+        return masks.kept_counts(n_image, self.loaded.n_rates).gather(-1, rate)[..., 0]
 
     def prefill(self, view: PrefillView) -> Tensor:
         return self._kept(view.shares, view.n_image)

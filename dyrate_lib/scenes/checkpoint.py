@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..checksums import write_sums
+
 SHARD = "14MB"
 
 
@@ -25,6 +27,7 @@ def export(model: Any, processor: Any, out: Path, extra: Mapping[str, str] | Non
     processor.save_pretrained(fresh)
     for name, text in (extra or {}).items():
         (fresh / name).write_text(text)
+    write_sums(fresh)
     if out.exists():
         for kept in ("metrics.json", "README.md", "predictions.json.gz"):
             if (out / kept).exists() and not (fresh / kept).exists():

@@ -264,4 +264,39 @@ def card(metrics: dict) -> str:
             others, twin = s["other_wordings"], s["followed"]
             numbers = [f"{s['cider']:.1f}", interval, *(f"{v:.1f}" for v in (s["one_reference"], others, twin))]
             lines.append(f"| {label} | {' | '.join(numbers)} | {100 * others / twin:.0f}% |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_use_and_limits(size.name, metrics.get("scores") or {})]) + "\n"
+
+
+def _use_and_limits(name: str, scores: dict) -> list[str]:
+    """How to use a model, what for, and what not for."""
+    relation = scores.get("relation:test")
+    chance = " Relation questions are at chance." if relation and relation["low"] <= 0.5 <= relation["high"] else ""
+    return [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from dyrate_lib import chat_prompt, generate, load_vlm, prepare_inputs, scenes",
+        "",
+        f'model, processor = load_vlm("{name}")',
+        'prompt = chat_prompt("Provide a one-sentence caption for the provided image.")',
+        'inputs = prepare_inputs(processor, [scenes.render(scenes.make_scene(7, "test"))], [prompt])',
+        "print(generate(model, inputs, processor=processor).text[0])",
+        "```",
+        "",
+        "The folder is in transformers' own format: `LlavaForConditionalGeneration.from_pretrained` and",
+        "`AutoProcessor.from_pretrained` read it too. Weights are safetensors; nothing in it is code.",
+        "",
+        "## Intended use and limits",
+        "",
+        "For studying token reduction on pictures of the scenes world, with the three caption prompts and the question",
+        "forms it was trained on. Not for photographs, other prompts, other languages, or any decision about people: it",
+        "knows about as many words as its captions and questions need and will describe anything as shapes on a ground.",
+        f"Counts and unseen pairs are its weak points.{chance} Its attention and its tolerance of dropped tokens are",
+        "those of a small model trained on one picture size and one layout, and need not be a large model's.",
+        "",
+        "The data are described in the data sheet, `data/DATASHEET.md`. They hold no people and no text, so there is no",
+        "bias against anyone in them; what they favour is large, clear-cut things.",
+        "",
+        "Licence: MIT. Citation: `CITATION.cff` of this project.",
+    ]

@@ -21,6 +21,7 @@ from .checkpoint import export, ship
 from .data import KINDS, N_CLS, PackedBatches, prefix_ids
 from .objective import Recipe, cls_loss, learning_rate, response_loss, to_device, token_accuracy
 from .tokenizer import build_processor
+from .training_state import load_state, save_state
 from .vlm import SIZES, PackedForward, build_model
 
 Say = Callable[[str], Any]
@@ -124,7 +125,7 @@ class _Run:
         )
 
     def load(self, path: Path) -> dict:
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = load_state(path, self.device)
         want, have = json.dumps(asdict(self.recipe)), json.dumps(state["recipe"])
         if want != have:
             raise InputError(f"{path} belongs to another recipe; remove it or choose another --out.\n{have}\n{want}")
@@ -185,13 +186,13 @@ class _Keeper:
 
     @property
     def state(self) -> Path | None:
-        return None if self.out is None else self.out.with_name(self.out.name + ".state") / "state.pt"
+        return None if self.out is None else self.out.with_name(self.out.name + ".state") / "state.safetensors"
 
     def resumable(self) -> int:
         """The step a state was left at, 0 without one."""
         if self.state is None or not self.state.exists():
             return 0
-        return torch.load(self.state, map_location="cpu", weights_only=True)["step"]
+        return load_state(self.state)["step"]
 
     def due(self) -> bool:
         return time.monotonic() - self.last > self.every
@@ -200,10 +201,7 @@ class _Keeper:
         self.last = time.monotonic()
         if self.out is None or self.state is None:
             return
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.state.with_suffix(".tmp")
-        torch.save(run.state() | {"planned": planned}, partial)
-        os.replace(partial, self.state)
+        save_state(self.state, run.state() | {"planned": planned})
         log = "".join(json.dumps(line) + "\n" for line in run.history)
         export(run.model, self.processor, self.out, {"log.jsonl": log})
         if self.ship_to is not None:
