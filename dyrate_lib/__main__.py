@@ -7,12 +7,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dyrate_lib import __version__, captioning, generation, paths, study
 from dyrate_lib.errors import DyRateError, InputError, ResourceError
+
+log = logging.getLogger(__name__)
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -232,6 +234,24 @@ def _set_up_logging(verbose: int) -> None:
         logger.addHandler(handler)
 
 
+def exit_code(command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run a command and say in a line what went wrong; returns the code of it: see `main`. 0 where it returns None."""
+    try:
+        code = command() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except DyRateError as error:
+        log.debug("where it happened", exc_info=True)
+        print(f"dyrate: {error}", file=sys.stderr)
+        return 1 if isinstance(error, study.NotebookFailed) else 2
+    except KeyboardInterrupt:
+        print(f"dyrate: {stopped}", file=sys.stderr)
+        return 130
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2 for bad input or a missing resource; 1 for what failed on the way; 130 for Ctrl-C. A traceback of
     our own errors only with -vv."""
@@ -243,23 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scoreboard": _scoreboard, "bench": _bench, "book": _book, "fetch": _fetch,
         "completion": lambda a: print(completion(a.shell)),
     }  # fmt: skip
-    try:
-        commands[args.command](args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except study.NotebookFailed as error:
-        logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        print(f"dyrate: {error}", file=sys.stderr)
-        return 1
-    except DyRateError as error:
-        logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        print(f"dyrate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dyrate: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: commands[args.command](args), stopped="stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def _reference(folder: Path) -> None:
     for name in sorted(dyrate_lib.__all__, key=str.lower):
         thing = getattr(dyrate_lib, name)
         kind = "autoclass" if isinstance(thing, type) else "autofunction"
-        members = "\n:members:" if kind == "autoclass" and not issubclass(thing, Exception) else ""
-        parts += [f"## {name}", "", _rst(f".. {kind}:: dyrate_lib.{name}{members.replace(chr(10), chr(10) + '   ')}"), ""]
+        members = "\n   :members:" if kind == "autoclass" and not issubclass(thing, Exception) else ""
+        parts += [f"## {name}", "", _rst(f".. {kind}:: dyrate_lib.{name}{members}"), ""]
     (folder / "api.md").write_text("\n".join(parts), encoding="utf-8")
     packages = {package: names for package, names in modules().items() if names}
     index = ["# All modules", ""]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,20 +109,6 @@ def make_method(name: str, model_name: str, layer: int | None, rate: float | Non
     return named(name)  # as released
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own bar over weights: loading takes moments, and a bar of ours is there."""
-    from transformers.utils import logging as theirs
-
-    shown = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            theirs.enable_progress_bar()
-
-
 def caption(
     image: str | Path, model_name: str = "scenes-small", method: str = "none", *, layer: int | None = None,
     rate: float | None = None, flops: float | None = None, predictor: str | None = None, prompt: str = DEFAULT_PROMPT,
@@ -144,6 +128,7 @@ def caption(
 
     from dyrate_lib import budget, chat_prompt, generate, load_vlm, model_info, prepare_inputs
     from dyrate_lib.images import load_image
+    from dyrate_lib.loading import quietly
     from dyrate_lib.plotting import plot_masks, save_figure
 
     if max_new_tokens < 1:
@@ -157,10 +142,10 @@ def caption(
     chosen = make_method(method, model_name, layer, rate, predictor)
     progress, start = progress or Progress(max_new_tokens, enabled=False), time.monotonic()
     progress.say(f"loading {model_name}")
-    with _quiet_transformers():
+    with quietly():
         model, processor = load_vlm(model_name, device=device)
-    log.debug("%s on %s, loaded in %.1f s", model_name, next(model.parameters()).device, time.monotonic() - start)
     where = next(model.parameters()).device
+    log.debug("%s on %s, loaded in %.1f s", model_name, where, time.monotonic() - start)
     inputs = prepare_inputs(processor, [picture], [chat_prompt(prompt)], device=where)
     if flops is not None:
         n_image = int((inputs["input_ids"] == model.config.image_token_id).sum())

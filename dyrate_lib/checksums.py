@@ -46,6 +46,8 @@ def check_sums(folder: str | Path) -> bool:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / SUMS} cannot be read ({error}): {cure}") from error
+    if not lines:
+        raise InputError(f"{folder / SUMS} is empty: {cure}")
     for line in lines:
         found = re.fullmatch(r"([0-9a-f]{64})  ([^/\\]+)", line)
         if found is None:
@@ -59,7 +61,7 @@ def check_sums(folder: str | Path) -> bool:
             raise InputError(f"{folder / name} cannot be read: {error}") from error
         if not sound:
             raise InputError(f"{folder / name} was altered or damaged, its checksum does not fit: {cure}")
-    return bool(lines)
+    return True
 
 
 def tensors_digest(head: str, tensors: Mapping[str, Tensor]) -> str:

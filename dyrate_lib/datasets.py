@@ -199,7 +199,7 @@ def _question_maker(scenes: Any, split: str, first: int) -> Callable[[int], Item
     return _remembering(make)
 
 
-# ------------------------------------------------------------------------------------------------------------ COCO
+# ------------------------------------------------------------------------------------------------------- published
 
 
 def _open_published(kind: str, spec: str, place: str, n: int | None, seed: int) -> CaptionDataset:

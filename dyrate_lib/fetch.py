@@ -5,6 +5,7 @@ Nothing is downloaded. What is copied is checked first, so that a broken source 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -47,8 +48,7 @@ def _unpack(archive: Path, scratch: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                for info in opened.infolist():  # zipfile itself keeps member names inside the folder
-                    opened.extract(info, scratch)
+                opened.extractall(scratch)  # zipfile itself keeps member names inside the folder
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as opened_tar:
                 opened_tar.extractall(scratch, filter="data")
@@ -74,8 +74,6 @@ def _found(folder: Path) -> list[Path]:
 
 def _check(folder: Path) -> None:
     """Every weight file opens, the index names no other, and checksums fit where there are any. InputError otherwise."""
-    import json
-
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -88,9 +86,9 @@ def _check(folder: Path) -> None:
             with safe_open(folder / name, framework="numpy") as file:
                 file.keys()
         check_sums(folder)
+    except InputError:
+        raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"the checkpoint {folder} is incomplete or damaged ({error}): get it again") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,20 @@ def load_vlm(
     model.eval().requires_grad_(False)
     model.dyrate_name, model.dyrate_processor = name, processor
     return model, processor
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' own progress bars: for loads that take moments, or where a bar of ours is shown."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: str) -> tuple[Any, Any]:

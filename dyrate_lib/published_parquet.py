@@ -27,6 +27,7 @@ IDS = ("question_id", "image_id", "img_id", "id", "filename")
 DOMAINS = ("domain", "annotations_domain")
 MAX_PICTURE = 2**28  # bytes of one picture's file; more is no photograph
 ROW_GROUPS_HELD = 2
+_SPLITS = ("train", "val", "test", "dev", "challenge", "submission")
 
 
 def find_parquet(folder: Path, split: str = "") -> list[Path]:
@@ -44,9 +45,6 @@ def find_parquet(folder: Path, split: str = "") -> list[Path]:
     if not named and others:
         raise ResourceError(f"{folder.name}/ holds no files of split {split}: {others[0].name} is of another")
     return named or files
-
-
-_SPLITS = ("train", "val", "test", "dev", "challenge", "submission")
 
 
 def _begins(parts: Sequence[str], splits: Sequence[str]) -> bool:
@@ -117,7 +115,8 @@ def _reader(row: _Row) -> Callable[[], Any]:
     return read
 
 
-def _arrow() -> tuple[Any, Any]:
+def arrow() -> tuple[Any, Any]:
+    """pyarrow and pyarrow.parquet. ResourceError, with the cure, where they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -127,7 +126,7 @@ def _arrow() -> tuple[Any, Any]:
 
 
 def _read_texts(file: Path) -> list[_Row]:
-    pa, pq = _arrow()
+    pa, pq = arrow()
     rows: list[_Row] = []
     try:
         with pq.ParquetFile(file) as parquet:
@@ -153,16 +152,16 @@ def _read_texts(file: Path) -> list[_Row]:
                     name = str(row[key]) if key and row[key] is not None else f"{file.stem}-{len(rows)}"
                     notes = {"domain": row[domain]} if domain and isinstance(row[domain], str) else {}
                     rows.append(_Row(name, file, group, place, told, notes))
-    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file.name} is not a sound parquet file: {error}") from error
     return rows
 
 
 @functools.lru_cache(maxsize=ROW_GROUPS_HELD)
 def _pictures(file: Path, group: int) -> list[Any]:
-    pa, pq = _arrow()
+    pa, pq = arrow()
     try:
         with pq.ParquetFile(file) as parquet:
             return parquet.read_row_group(group, columns=["image"])["image"].to_pylist()

@@ -86,7 +86,7 @@ class TeacherForced:
     """One teacher-forced pass up to the input of layer P.
 
     x [B, T + R, D]: hidden states; shares [B, R, H, 4]: features of the rows that predict the R response tokens;
-    scores [B, N]: importance of the image tokens; rotary, types, readable as the layers >= P need them.
+    scores [B, N]: importance of the image tokens; rotary: what the layers >= P turn queries and keys by.
     """
 
     prompt: Prompt

@@ -67,11 +67,10 @@ def walk(model_name: str, rows: Sequence[dict[str, Any]], store: Store, budgets:
         "predictors": [predictor_hash(RatePredictor.load(file)) for file in files],  # what is noted beside weights may change
         "scenes": [{"spec": row["spec"], "index": row["index"]} for row in rows],
     }  # fmt: skip
-    made = get_or_run(
+    return get_or_run(
         "walkthrough", config, lambda: _walk(model_name, rows, dict(zip(budgets, files, strict=True))), store=store,
         inputs=[weights], about={"device": device_name("cpu"), "dtype": "float32"},
     )  # fmt: skip
-    return made
 
 
 def place(row: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "penalty, sampling": dict(do_sample=True, seed=6, repetition_penalty=1.2, temperature=0.7),
     "forced": dict(forced_tokens=torch.randint(5, 200, (4, 9), generator=torch.Generator().manual_seed(1))),
 }
+
+
+def methods_and(batches: Iterable[str]) -> list[tuple[str, str]]:
+    """Every method's name with every batch's; "paths" holds rates for the four samples of "ragged" alone."""
+    return [(name, size) for name in METHODS for size in batches if name != "paths" or size == "ragged"]
 
 
 def check_same(ours: Any, theirs: Any, logits: float = 2e-4, attention: float = 1e-5) -> None:

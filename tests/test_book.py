@@ -112,15 +112,22 @@ def test_maths_is_mathml_and_whole(built):
 
 
 @needs_sphinx
-def test_a_page_that_does_not_build_is_an_error_and_the_old_book_stays(built, tmp_path):
-    first = built / "index.html"
+def test_a_page_that_does_not_build_is_an_error_and_the_old_book_stays(tmp_path, monkeypatch):
+    old = tmp_path / "book"
+    old.mkdir()
+    (old / "objects.inv").touch()
+    (old / "index.html").write_text("the old one")
     source = tmp_path / "source"
     source.mkdir()
     (source / "conf.py").write_text("extensions = ['myst_nb']\n")
     (source / "index.md").write_text("# A page\n\n[nowhere](missing.md)\n")
+    sphinx = book._sphinx
+    monkeypatch.setattr(book, "_walk", lambda *_: None)
+    monkeypatch.setattr(book, "_sphinx", lambda _, fresh: sphinx(source, fresh))
     with pytest.raises(book.BookFailed, match="missing.md"):
-        book._sphinx(source, tmp_path / "fresh")
-    assert first.is_file()
+        book.build(old)
+    assert (old / "index.html").read_text() == "the old one"
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".book-")] == []
 
 
 def test_without_sphinx_the_cure_is_named(monkeypatch, tmp_path):
@@ -295,6 +302,7 @@ def test_searching_finds_a_method(visit):
     assert "SparseVLM" in page.locator("#search-results").inner_text()
 
 
+@needs_sphinx
 def test_the_staging_folder_holds_no_path_of_this_machine(built):
     for page in (*Path(built).glob("*.html"), *Path(built).glob("reference/*.html")):
         assert str(paths.root()) not in page.read_text(encoding="utf-8"), page.name

@@ -29,6 +29,7 @@ from tests.engine_cases import (  # noqa: E402
     check_attention,
     check_same,
     error,
+    methods_and,
 )
 
 BATCHES = {"ragged": (ROWS, 1), "single": (ROWS[1:2], 2), "many": (ROWS * 6, 3)}
@@ -88,11 +89,8 @@ def same(engine, model, batch, method, times=3, **kwargs):
 # -- the loop ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", BATCHES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, size", methods_and(BATCHES))
 def test_captured_same_as_the_reference(model, engine, name, size):
-    if name == "paths" and size != "ragged":
-        pytest.skip("rates for four samples")
     rows, seed = BATCHES[size]
     same(engine, model, random_batch(6, rows, seed=seed), METHODS[name], max_new_tokens=16, eos_token_id=[],
          return_logits=True)  # fmt: skip
@@ -111,6 +109,7 @@ def test_captured_with_settings(model, engine, setting, name):
 @pytest.mark.parametrize("capture", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("kind", ["tuned", "cublas", "skinny", "early"])
 def test_every_way_to_multiply(model, kind, capture):
+    model = copy.deepcopy(model)  # a second engine on one model takes the first one's weights from it
     engine = engine_for(model, kind, capture)
     try:
         for rows, seed in BATCHES.values():
@@ -148,6 +147,7 @@ def test_methods_and_shapes_take_turns(model, engine):
 
 def test_no_wait_inside_a_step(model):
     """With graphs at hand, a decode step asks nothing of the device."""
+    model = copy.deepcopy(model)
     engine = engine_for(model)
     batch = random_batch(6, ROWS, seed=1)
     for method in (DyRate(lively_predictor(), 3), FastV(2, 0.5), VTW(4), NoReduction()):
@@ -167,6 +167,7 @@ def test_no_wait_inside_a_step(model):
 
 def test_everything_that_may_be_captured_is(model, caplog):
     """No method or setting makes a capture fail (a failure would only be slow, and be said in the log)."""
+    model = copy.deepcopy(model)
     engine = engine_for(model)
     batch = random_batch(6, ROWS, seed=1)
     with caplog.at_level("WARNING", logger="dyrate_lib.engine"):

@@ -42,3 +42,10 @@ def test_loop():
 @pytest.mark.slow
 def test_loop_of_more_methods():
     interpreted("loop", "slow")
+
+
+def test_tuning_without_a_gpu_says_so(capsys):
+    from dyrate_lib.engine.tune import main
+
+    assert main([]) == 2
+    assert "CUDA device" in capsys.readouterr().err

@@ -14,11 +14,10 @@ from dyrate_lib import DepthPrune, DyRate, RatePath, generate
 from dyrate_lib.engine import eager_engine
 from dyrate_lib.engine.runner import Run
 from tests.contract import lively_predictor, random_batch, small_model
-from tests.engine_cases import METHODS, ROWS, SETTINGS, check_same
+from tests.engine_cases import METHODS, ROWS, SETTINGS, check_same, methods_and
 
 STEPS = 12
 BATCHES = {"ragged": (ROWS, 1), "single": (ROWS[1:2], 2)}
-by_method = pytest.mark.parametrize("name", METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +50,8 @@ def wanted(name, size, setting=None):
     return generate(small_model(), batch_of(size), METHODS[name], engine="reference", return_logits=True, **kwargs)
 
 
-@by_method
-@pytest.mark.parametrize("size", BATCHES)
+@pytest.mark.parametrize("name, size", methods_and(BATCHES))
 def test_same_as_the_reference(model, engine, name, size):
-    if name == "paths" and size != "ragged":
-        pytest.skip("rates for four samples")
     ours = generate(model, batch_of(size), METHODS[name], STEPS, engine=engine, eos_token_id=[], return_logits=True)
     check_same(ours, wanted(name, size))
 

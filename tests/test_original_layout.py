@@ -28,7 +28,7 @@ from dyrate_lib.experiments.context import data_specs
 from dyrate_lib.lmms.settings import read_settings
 
 from .llava_folder import IMAGE, PAD, VOCABULARY, write_llava
-from .test_published import write_coco_folder, write_flickr, write_nocaps
+from .test_published import write_coco_folder, write_published
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def test_pickled_weights_and_code_are_refused(folder, tmp_path, capsys):
 def test_several_published_sets_play_their_roles(tmp_path):
     parts = [
         write_coco_folder(tmp_path / "coco", ("train2017", "val2017")),
-        write_flickr(tmp_path / "f"),
-        write_nocaps(tmp_path / "n"),
+        write_published("flickr30k", tmp_path / "f"),
+        write_published("nocaps", tmp_path / "n"),
     ]
     assert data_specs(",".join(parts)) == {"coco": parts[0], "nocaps": parts[2], "flickr30k": parts[1]}
     study = open_study(
@@ -191,8 +191,8 @@ def test_every_command_of_the_page_runs(tmp_path_factory):
     work = tmp_path_factory.mktemp("page")
     model = write_llava(work / "llava-1.5-7b-hf", size=84)
     write_coco_folder(work / "coco", ("train2017", "val2017"), n=6)
-    write_flickr(work / "flickr30k")
-    write_nocaps(work / "nocaps")
+    write_published("flickr30k", work / "flickr30k")
+    write_published("nocaps", work / "nocaps")
     places = {
         "llava-hf/llava-1.5-7b-hf": str(model), "/data/": f"{work}/", "build/": f"{work}/build/",
         "results": str(work / "results"),

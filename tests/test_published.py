@@ -60,20 +60,19 @@ def nocaps(n=6):
     }  # fmt: skip
 
 
-def write_flickr(folder, content=None):
-    content = karpathy() if content is None else content
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dataset_flickr30k.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    save_pictures(folder / "flickr30k-images", [f"{1000 + i}.jpg" for i in range(6)])
-    return f"flickr30k:{folder}"
+PUBLISHED = {  # kind -> what makes its annotations, their file, the pictures' folder and names
+    "coco": (nocaps, "captions.json", "images", [f"{i:016x}.jpg" for i in range(6)]),
+    "flickr30k": (karpathy, "dataset_flickr30k.json", "flickr30k-images", [f"{1000 + i}.jpg" for i in range(6)]),
+    "nocaps": (nocaps, "nocaps_val_4500_captions.json", "val", [f"{i:016x}.jpg" for i in range(6)]),
+}
 
 
-def write_nocaps(folder, content=None):
-    content = nocaps() if content is None else content
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "nocaps_val_4500_captions.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    save_pictures(folder / "val", [f"{i:016x}.jpg" for i in range(6)])
-    return f"nocaps:{folder}"
+def write_published(kind, folder, content=None):
+    make, annotations, pictures, names = PUBLISHED[kind]
+    if not (folder / pictures).is_dir():
+        save_pictures(folder / pictures, names)
+    (folder / annotations).write_text(json.dumps(make() if content is None else content))
+    return f"{kind}:{folder}"
 
 
 # --------------------------------------------------------------------------------------------------------------- good
@@ -91,7 +90,7 @@ def test_coco_parts_are_chosen_by_name(tmp_path):
 
 
 def test_karpathy_splits(tmp_path):
-    spec = write_flickr(tmp_path)
+    spec = write_published("flickr30k", tmp_path)
     test = open_dataset(spec)
     assert [i.id for i in test] == ["1001", "1003", "1005"] and test.name == "flickr30k:test"
     assert test[0].references == [f"A dog 1-{j}." for j in range(5)] and test[0].image.mode == "RGB"
@@ -106,7 +105,7 @@ def test_karpathy_splits(tmp_path):
 
 
 def test_nocaps_domains(tmp_path):
-    spec = write_nocaps(tmp_path)
+    spec = write_published("nocaps", tmp_path)
     whole = open_dataset(spec)
     assert len(whole) == 6 and [i.meta["domain"] for i in whole][:3] == ["in-domain", "near-domain", "out-domain"]
     assert all(len(i.references) == 10 for i in whole)
@@ -127,52 +126,42 @@ def test_a_byte_order_mark_and_a_hash_in_the_folder_do_no_harm(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- broken
 
 
-def changed(make, change):
-    content = make()
+FLICKR = [
+    (lambda c: c.pop("images"), "not in Karpathy's format"),
+    (lambda c: c["images"][1].pop("filename"), r"images\[1\] has no 'filename'"),
+    (lambda c: c["images"][1].pop("split"), r"images\[1\] has no 'split'"),
+    (lambda c: c["images"][1].update(split="dev"), r"images\[1\] \(1001.jpg\) has the split 'dev'"),
+    (lambda c: c["images"][1].update(sentences=[]), r"images\[1\] \(1001.jpg\) has no sentences"),
+    (lambda c: c["images"][1]["sentences"][2].pop("raw"), r"images\[1\].sentences\[2\] has no 'raw'"),
+    (
+        lambda c: c["images"][1]["sentences"][2].update(raw=" "),
+        r"images\[1\].sentences\[2\] \(1001.jpg\) has an empty caption",
+    ),
+    (lambda c: c["images"][1]["sentences"][2].update(sentid=0), "sentid 0 occurs more than once"),
+    (lambda c: c["images"][1].update(filename="1000.jpg"), "picture 1000.jpg occurs more than once"),
+    (lambda c: c["images"][1].update(filename="../1.jpg"), r"images\[1\] has the file name"),
+    (lambda c: c["images"].append(7), r"images\[6\] has no 'filename'"),
+]
+NOCAPS = [
+    (lambda c: c["images"][2].pop("domain"), r"images\[2\] has no 'domain'"),
+    (lambda c: c["images"][2].update(domain="far"), r"images\[2\] has the domain 'far'"),
+    (lambda c: c["images"][2].update(id=0), "image id 0 occurs more than once"),
+    (
+        lambda c: c["annotations"][2].update(caption="\ud800"),
+        r"annotations\[2\] of image 0 has a caption that is no valid text",
+    ),
+    (lambda c: c["annotations"].clear(), "has no captions"),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, change, message", [("flickr30k", *case) for case in FLICKR] + [("nocaps", *case) for case in NOCAPS]
+)
+def test_broken_annotations_are_named(tmp_path, kind, change, message):
+    content = PUBLISHED[kind][0]()
     change(content)
-    return content
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda c: c.pop("images"), "not in Karpathy's format"),
-        (lambda c: c["images"][1].pop("filename"), r"images\[1\] has no 'filename'"),
-        (lambda c: c["images"][1].pop("split"), r"images\[1\] has no 'split'"),
-        (lambda c: c["images"][1].update(split="dev"), r"images\[1\] \(1001.jpg\) has the split 'dev'"),
-        (lambda c: c["images"][1].update(sentences=[]), r"images\[1\] \(1001.jpg\) has no sentences"),
-        (lambda c: c["images"][1]["sentences"][2].pop("raw"), r"images\[1\].sentences\[2\] has no 'raw'"),
-        (
-            lambda c: c["images"][1]["sentences"][2].update(raw=" "),
-            r"images\[1\].sentences\[2\] \(1001.jpg\) has an empty caption",
-        ),
-        (lambda c: c["images"][1]["sentences"][2].update(sentid=0), "sentid 0 occurs more than once"),
-        (lambda c: c["images"][1].update(filename="1000.jpg"), "picture 1000.jpg occurs more than once"),
-        (lambda c: c["images"][1].update(filename="../1.jpg"), r"images\[1\] has the file name"),
-        (lambda c: c["images"].append(7), r"images\[6\] has no 'filename'"),
-    ],
-)
-def test_broken_karpathy_files_are_named(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
-        open_dataset(write_flickr(tmp_path, changed(karpathy, change)))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda c: c["images"][2].pop("domain"), r"images\[2\] has no 'domain'"),
-        (lambda c: c["images"][2].update(domain="far"), r"images\[2\] has the domain 'far'"),
-        (lambda c: c["images"][2].update(id=0), "image id 0 occurs more than once"),
-        (
-            lambda c: c["annotations"][2].update(caption="\ud800"),
-            r"annotations\[2\] of image 0 has a caption that is no valid text",
-        ),
-        (lambda c: c["annotations"].clear(), "has no captions"),
-    ],
-)
-def test_broken_nocaps_files_are_named(tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        open_dataset(write_nocaps(tmp_path, changed(nocaps, change)))
+        open_dataset(write_published(kind, tmp_path, content))
 
 
 def test_wrong_encodings_and_broken_json_name_the_line(tmp_path):
@@ -194,7 +183,7 @@ def test_wrong_encodings_and_broken_json_name_the_line(tmp_path):
 
 
 def test_missing_pictures_and_files(tmp_path):
-    spec = write_flickr(tmp_path)
+    spec = write_published("flickr30k", tmp_path)
     (tmp_path / "flickr30k-images" / "1003.jpg").unlink()
     with pytest.raises(ResourceError, match=r"1 of 3 pictures are not in .*, e.g. 1003.jpg"):
         open_dataset(spec)
@@ -209,7 +198,7 @@ def test_missing_pictures_and_files(tmp_path):
 def test_pictures_in_folders_of_their_own(tmp_path):
     content = nocaps()
     content["images"][0]["file_name"] = "deep/x.jpg"
-    spec = write_nocaps(tmp_path, content)
+    spec = write_published("nocaps", tmp_path, content)
     with pytest.raises(ResourceError, match="e.g. deep/x.jpg"):
         open_dataset(spec)
     save_pictures(tmp_path / "val" / "deep", ["x.jpg"])
@@ -221,19 +210,18 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-places = st.sampled_from(["images", "annotations"])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    kind=st.sampled_from(["coco", "flickr30k", "nocaps"]),
-    where=places,
+    kind=st.sampled_from(list(PUBLISHED)),
+    where=st.sampled_from(["images", "annotations"]),
     row=st.integers(0, 5),
     key=st.data(),
     value=anything,
 )
 def test_any_change_gives_a_data_set_or_our_error(tmp_path, kind, where, row, key, value):
-    content = karpathy() if kind == "flickr30k" else nocaps()
+    content = PUBLISHED[kind][0]()
     table = content.get(where, content["images"])
     entry = table[row % len(table)]
     name = key.draw(st.sampled_from(sorted(entry)))
@@ -241,17 +229,7 @@ def test_any_change_gives_a_data_set_or_our_error(tmp_path, kind, where, row, ke
         entry[name] = value
     else:
         table[row % len(table)] = value
-    folder = tmp_path / kind
-    if kind == "flickr30k":
-        spec = write_flickr(folder, content) if not folder.is_dir() else f"flickr30k:{folder}"
-        (folder / "dataset_flickr30k.json").write_text(json.dumps(content))
-    elif kind == "nocaps":
-        spec = write_nocaps(folder, content) if not folder.is_dir() else f"nocaps:{folder}"
-        (folder / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
-    else:
-        spec = f"coco:{folder}"
-        save_pictures(folder / "images", [f"{i:016x}.jpg" for i in range(6)] if not folder.is_dir() else [])
-        (folder / "captions.json").write_text(json.dumps(content))
+    spec = write_published(kind, tmp_path / kind, content)
     try:
         dataset = open_dataset(spec)
     except (InputError, ResourceError) as error:

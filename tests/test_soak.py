@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(checkpoint, tmp_path):
         (folder / name).unlink()
         with pytest.raises(DyRateError, match=name):
             load_vlm(folder, device="cpu")
-    for damaged in (b"\xff\xfe", b"no checksum\n", b"0" * 64 + b"  ../config.json\n"):
+    for damaged in (b"", b"\xff\xfe", b"no checksum\n", b"0" * 64 + b"  ../config.json\n"):
         (checkpoint / SUMS).write_bytes(damaged)
         with pytest.raises(InputError, match=SUMS):
             load_vlm(checkpoint, device="cpu")

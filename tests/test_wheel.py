@@ -1,15 +1,18 @@
 """The wheel works outside the repository: built, installed into an environment of its own, run from an empty folder."""
 
-
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dyrate_lib import paths, scenes
@@ -117,7 +120,7 @@ def fake(folder, name="scenes-small"):
     place.mkdir(parents=True)
     (place / "config.json").write_text("{}")
     (place / "extra.py").write_text("print('never')")
-    save_file({"w": __import__("numpy").zeros(3)}, place / "model.safetensors")
+    save_file({"w": np.zeros(3)}, place / "model.safetensors")
     return place
 
 
@@ -166,10 +169,17 @@ def test_checksums_come_along(home, tmp_path):
     assert (home / "scenes-small" / "SHA256SUMS").read_text() == (place / "SHA256SUMS").read_text()
 
 
-def test_an_archive_cannot_write_outside(home, tmp_path):
-    evil = tmp_path / "evil.zip"
-    with zipfile.ZipFile(evil, "w") as archive:
-        archive.writestr("../../escaped.txt", "x")
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_an_archive_cannot_write_outside(home, tmp_path, monkeypatch, form):
+    evil = tmp_path / f"evil.{form}"
+    if form == "zip":
+        with zipfile.ZipFile(evil, "w") as archive:
+            archive.writestr("../../escaped.txt", "x")
+    else:
+        with tarfile.open(evil, "w") as archive:
+            archive.addfile(tarfile.TarInfo("../../escaped.txt"), io.BytesIO())
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))  # two folders above what it unpacks into is tmp_path
     with pytest.raises(InputError):
         fetch(evil)
     assert not list(tmp_path.rglob("escaped.txt"))

@@ -8,8 +8,7 @@ PyTorch) or, in `triton_ops`, by the `*_kernel` modules, the only ones that need
 An engine serves one call at a time.
 """
 
-from ..generation import generate
 from .runner import Engine
 from .select import eager_engine, engine_of, release, unsupported
 
-__all__ = ["Engine", "eager_engine", "engine_of", "generate", "release", "unsupported"]
+__all__ = ["Engine", "eager_engine", "engine_of", "release", "unsupported"]

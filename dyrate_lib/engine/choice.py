@@ -66,8 +66,9 @@ class Choice:
         if self.generator is None and not self._processors:
             return None
         if self.penalised:  # the newest token, which this pass has read, is among those said
-            place = state.said.shape[1] - state.plan.passes - 1 + state.step
-            state.said.scatter_(1, place.clamp(min=0).expand(state.token.shape[0], 1), self._newest(state))
+            place = self.width - 1 + state.step  # at pass 0 the prompt's last, which stands there already
+            newest = torch.where(state.step > 0, state.token[:, None], state.said.index_select(1, place))
+            state.said.index_copy_(1, place, newest)
         scores = state.logits.float()
         if self._processors:
             scores = self._processors(state.said, scores)
@@ -75,9 +76,3 @@ class Choice:
             return scores.argmax(-1)
         noise = torch.empty_like(scores).exponential_(1.0, generator=self.generator)
         return (torch.softmax(scores, dim=-1) / noise).argmax(-1)
-
-    def _newest(self, state: State) -> Tensor:
-        """[B, 1]: the token of the pass before, or at pass 0 what stands there already."""
-        place = (state.said.shape[1] - state.plan.passes - 1 + state.step).clamp(min=0)
-        before = state.said.index_select(1, place)
-        return torch.where(state.step > 0, state.token[:, None], before)

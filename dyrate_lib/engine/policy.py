@@ -142,7 +142,8 @@ def _course(method: Method, n_image: Tensor, steps: int, n_heads: int) -> Tensor
         for step in range(steps):
             shares = torch.rand(len(counts), n_heads, 4, generator=random)
             if step:
-                now = torch.minimum(probe.step(StepView(step, shares, now, counts)).clamp(min=0), now)
+                wanted = probe.step(StepView(step, shares, now, counts)).clamp(min=0)
+                now = torch.minimum(wanted, counts if method.reversible else now)
             else:
                 scores = torch.rand(len(counts), int(counts.max()), generator=random)
                 keys = torch.full_like(counts, seed)

@@ -147,13 +147,8 @@ def decide(state: State, ranking: Tensor) -> None:
     """How many tokens the rule keeps for the prompt, by a ranking [B, N] with absent tokens last."""
     plan = state.plan
     state.ranking.copy_(ranking)
-    if state.classifier is not None:
-        state.rate.copy_(classify(state.shares, *state.classifier))
-    if state.course is not None:
-        wanted = state.course[0]
-    else:
-        wanted = state.n_image - (state.n_image * state.rate) // plan.n_rates
-    state.now.copy_(torch.minimum(wanted.clamp(min=0), state.n_image))
+    asked = wanted(state, None if state.course is None else state.course[0])
+    state.now.copy_(torch.minimum(asked.clamp(min=0), state.n_image))
     set_lengths(state)
     state.seen_kept[0].copy_(state.now)
     state.seen_shares[0].copy_(state.shares)
@@ -166,6 +161,13 @@ def decide(state: State, ranking: Tensor) -> None:
         if plan.by_rank == "step":
             state.slot_of.copy_(torch.zeros_like(ranking).scatter(1, ranking, places))
             state.index[:, :n].copy_(places)
+
+
+def wanted(state: State, course: Tensor | None) -> Tensor:
+    """How many tokens [B] the rule asks for: `course`, the pass's row of it, or where there is none the predictor's choice."""
+    if state.classifier is not None:
+        state.rate.copy_(classify(state.shares, *state.classifier))
+    return state.n_image - (state.n_image * state.rate) // state.plan.n_rates if course is None else course
 
 
 def set_lengths(state: State) -> None:

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import twins
+
 MOST_ROWS = 64
 
 
@@ -46,7 +48,7 @@ CANDIDATES = {
 @triton.jit
 def _one(
     x, weight, norm, bias, residual, out, eps, n_out,
-    N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORMED: tl.constexpr, BIASED: tl.constexpr,
     GATED: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
@@ -96,7 +98,7 @@ def _one(
 @triton.jit
 def _few(
     x, weight, norm, bias, residual, out, eps, n_rows, n_out,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORMED: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORMED: tl.constexpr,
     BIASED: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -150,7 +152,6 @@ def skinny(
     flags = {"NORMED": norm is not None, "BIASED": bias is not None, "GATED": gated, "ADDED": residual is not None}
     extra = (x if norm is None else norm, x if bias is None else bias, x if residual is None else residual)
     shape = {
-        "N": weight.shape[0],
         "K": width,
         "BN": config.rows,
         "BK": min(config.columns, triton.next_power_of_2(width)),
@@ -173,8 +174,6 @@ def plain(
     gated: bool = False, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The twin of `skinny`."""
-    from . import twins
-
     wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
     value = x if norm is None else twins.rms_norm(x, norm, eps)
     out = value.to(wide) @ weight.to(wide).t()

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .twins import split_heads
+
 
 @triton.jit
 def _rms_norm(x, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -91,8 +93,6 @@ def rope_store(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, dest: Tensor, n_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `twins.rope_store`, but in place: q, k and v are views of qkv [B, T, (H + 2 K) d]."""
-    from .twins import split_heads
-
     batch, length = qkv.shape[:2]
     n_kv, entries, d = keys.shape[1:]
     block = 16

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import gather_columns
 from ..models import ModelInfo
 from .batch import NUMBERS, Batch
 from .cache import LayerShape
@@ -104,7 +105,7 @@ class State:
     seen_reads: Any
 
     def __init__(self, plan: Plan, info: ModelInfo, device: torch.device, dtype: torch.dtype, low_entries: int) -> None:
-        self.plan, self.low_entries = plan, low_entries
+        self.plan = plan
         b, t, n, passes, layers, heads, d = (
             plan.batch, plan.columns, plan.images, plan.passes, plan.n_layers, info.n_heads, info.head_dim
         )  # fmt: skip
@@ -161,8 +162,6 @@ class State:
         if batch.features is not None:
             self.features.copy_(batch.features)
         if batch.embeds is not None:
-            from ..layout import gather_columns
-
             same = batch.order.shape[1] == batch.embeds.shape[1] and bool((batch.types >= 0).all())
             self.embeds.copy_(batch.embeds if same else gather_columns(batch.embeds, batch.order))
         for mine, theirs in ((self.course, rule.course), (self.caps, rule.caps)):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from .prefill import image_scores, set_lengths
+from .prefill import image_scores, set_lengths, wanted
 from .state import State
-from .twins import classify
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -46,14 +45,9 @@ def advance(state: State) -> None:
     plan = state.plan
     state.seen_shares.index_copy_(0, state.step, state.shares[None])
     if plan.prunes and plan.moves:
-        wanted = state.now
-        if state.classifier is not None:
-            state.rate.copy_(classify(state.shares, *state.classifier))
-            wanted = state.n_image - (state.n_image * state.rate) // plan.n_rates
-        if state.course is not None:
-            wanted = state.course.index_select(0, state.step)[0]
+        asked = wanted(state, None if state.course is None else state.course.index_select(0, state.step)[0])
         bound = state.n_image if plan.reversible else state.now
-        state.now.copy_(torch.minimum(wanted.clamp(min=0), bound))
+        state.now.copy_(torch.minimum(asked.clamp(min=0), bound))
         if plan.own_reads:
             _reorder(state)
         set_lengths(state)

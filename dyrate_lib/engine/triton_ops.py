@@ -97,8 +97,3 @@ class TritonOps(TorchOps):
         if config is None:
             return super().head(x, norm, eps, weight)
         return skinny(x.contiguous(), weight, config, norm=norm, eps=eps, early=self.early)
-
-
-def ready() -> bool:
-    """Whether Triton's kernels can run: a CUDA device is there."""
-    return torch.cuda.is_available()

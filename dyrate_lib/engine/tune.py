@@ -1,11 +1,15 @@
 """Which way each product of a decode step is fastest, measured on the model's own weights: cuBLAS, or a skinny kernel's setting.
 
-A product is timed over all layers in one graph, so that no matrix is found in the cache, with the norm, SwiGLU or sum that
-belongs to it.
+    python -m dyrate_lib.engine.tune --size 7b --rows 1,16,64
+
+prints the table that `triton_ops.DEFAULT` holds. A product is timed over all layers in one graph, so that no matrix is found in
+the cache, with the norm, SwiGLU or sum that belongs to it.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -116,3 +120,28 @@ def _layers(ops: TritonOps, kind: str, x: Tensor, inner: Tensor, attended: Tenso
 def _heads(ops: TritonOps, x: Tensor, weights: Weights, count: int) -> None:
     for _ in range(count):
         ops.head(x, weights.norm, weights.eps, weights.head)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Time every way at LLaVA-1.5's dimensions; 2 without a CUDA device."""
+    from .models_only import weights_of
+
+    parser = argparse.ArgumentParser(prog="python -m dyrate_lib.engine.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("7b", "13b"), default="7b")
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 16, 64])
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("dyrate: tuning needs a CUDA device, and there is none", file=sys.stderr)
+        return 2
+    weights = weights_of(args.size)
+    found = {rows: tune(weights, rows, early=torch.cuda.get_device_capability() >= (9, 0)) for rows in args.rows}
+    for rows, kinds in found.items():
+        for kind, entry in kinds.items():
+            print(f"{rows:3d} rows, {kind}: {entry['best']}, {entry['gb_s']:.0f} GB/s; microseconds {entry['us']}")
+    for key, config in table_of(found).items():
+        print(f"    {key}: {config},")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

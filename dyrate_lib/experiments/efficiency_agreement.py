@@ -15,10 +15,10 @@ from torch import Tensor
 from ..engine import release
 from ..evaluate import batches
 from ..generation import generate
-from ..loading import load_vlm
+from ..loading import load_vlm, quietly
 from ..methods import FastV, Method, NoReduction
 from .context import Study
-from .efficiency_cells import Cell, courses, quietly, subjects, timed_model
+from .efficiency_cells import Cell, courses, subjects, timed_model
 from .efficiency_clock import engine_for, latency_inputs
 from .efficiency_course import Replay
 from .efficiency_rounds import clear

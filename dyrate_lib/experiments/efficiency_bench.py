@@ -20,11 +20,11 @@ from ..benchmark import machine_ceilings
 from ..datasets import open_dataset
 from ..errors import InputError, ResourceError
 from ..evaluate import batches
-from ..loading import SCENES, load_vlm
+from ..loading import SCENES, load_vlm, quietly
 from ..methods import VTW, DyRate, FastV, Method, NoReduction
 from ..models import ModelInfo, model_info
 from ..plotting import METHODS as STYLES
-from .efficiency_cells import ROLES, quietly
+from .efficiency_cells import ROLES
 from .efficiency_clock import engine_for, latency_inputs, make_run
 from .efficiency_course import TEXT_TOKENS, Replay, course, kept_by_layer, stretched
 from .efficiency_floors import floor_ms
@@ -83,9 +83,18 @@ def bench(
     about = (
         f"{name} in {size} on {limits['device']} ({torch.get_num_threads()} threads): {batch} prompt(s), {n_image} image tokens, "
         f"{new} new tokens, medians of {repeats}; copies {limits['copy_gb_s']:.0f} GB/s, products "
-        f"{limits['matmul_tflops'][size]:.3g} TFLOP/s" + "".join(f"\n{what}: {why}" for what, why in failed.items())
+        f"{limits['matmul_tflops'][size]:.3g} TFLOP/s{_said(made.get('dyrate'), name)}"
+        + "".join(f"\n{what}: {why}" for what, why in failed.items())
     )
     return table.drop(columns=["loop key", "method key"]), about
+
+
+def _said(method: Method | None, name: str) -> str:
+    """What course DyRate replays, where it does."""
+    if not isinstance(method, Replay):
+        return ""
+    source = "notebook 04's course" if _recorded(name) else "a straight line, as no course is recorded here"
+    return f"; DyRate reads {method.kept[0]} to {method.kept[-1]} image tokens ({source})"
 
 
 def _check(
@@ -111,14 +120,19 @@ def _method(key: str, name: str, info: ModelInfo, n_image: int, new: int) -> Met
 
         return DyRate(str(paths.predictors() / f"{Path(name).name}_t0.333_s0.safetensors"))
     if key == "dyrate":
-        return Replay(min(2, info.n_layers - 1), stretched(_course(name, new), 576, n_image))
+        return Replay(min(2, info.n_layers - 1), stretched(_recorded(name) or _straight(new), 576, n_image))
     half = info.n_layers // 2
     known = {"original": NoReduction(), "fastv-2": FastV(2, 0.5), "fastv-3": FastV(3, 0.5), "vtw": VTW(half)}
     return known[key]
 
 
-def _course(name: str, new: int) -> tuple[int, ...]:
-    """Notebook 04's course of the model in the same role, of 576 tokens; a straight line where it is not recorded."""
+def _straight(new: int) -> tuple[int, ...]:
+    """A made-up course of 576 tokens."""
+    return tuple(int(576 * share) for share in np.linspace(*STRAIGHT, new))
+
+
+def _recorded(name: str) -> tuple[int, ...] | None:
+    """Notebook 04's course of the model in the same role, of 576 tokens; None where it is not recorded."""
     from .context import open_study
 
     role = ROLES["13b" if "13b" in name else "7b"]
@@ -127,7 +141,7 @@ def _course(name: str, new: int) -> tuple[int, ...]:
         study.store.frozen = True
         return course(study, role)
     except ResourceError:
-        return tuple(int(576 * share) for share in np.linspace(*STRAIGHT, new))
+        return None
 
 
 def _row(

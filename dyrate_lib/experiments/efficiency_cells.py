@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 
 from ..benchmark import machine_ceilings
 from ..errors import InputError, ResourceError
-from ..loading import load_vlm
+from ..loading import load_vlm, quietly
 from ..models import ModelInfo
 from .context import Record, Study
 from .contradictions import llava_info
@@ -225,20 +223,6 @@ def timed_model(study: Study, subject: Subject) -> tuple[Any, Any]:
         with quietly():
             memory[subject.name] = load_vlm(subject.name, device="cuda" if subject.gpu else "cpu")
     return memory[subject.name]
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """No progress bar for what takes moments."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def forget(study: Study) -> None:

@@ -30,11 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dyrate_lib.experiments.efficiency", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="show every cell and its estimated seconds")
     parser.add_argument(
-        "--list", action="store_true", help="show every cell, its estimated seconds and whether it is there"
-    )
-    parser.add_argument(
-        "--cells", default="", help="cells by name, separated by commas; 'all' for those that are missing"
+        "--cells", default="", help="cells by name, separated by commas, or 'all'; those that are there are only read"
     )
     parser.add_argument("--scale", default="auto", help="smoke, full, or auto: full with a GPU (default)")
     parser.add_argument("--records", default="committed", help="committed (default: what is there is read) or fresh")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -165,8 +165,3 @@ def timed_method(name: str, layer: int, kept: tuple[int, ...]) -> Method:
     if name.startswith("fastv"):
         return FastV(layer, 0.5)
     return VTW(layer) if name == "vtw" else Replay(layer, kept)
-
-
-def about(value: Any) -> list[int]:
-    """A course as a list of plain numbers, for a record."""
-    return [int(v) for v in value]

@@ -28,19 +28,30 @@ def share_records(study: Study) -> dict[Cell, Record]:
     return {cell: record for cell, record in latency_records(study).items() if cell.kind == "share"}
 
 
-def feature_us(record: Record) -> float:
-    """Microseconds a step that the features cost: the feature layer's attention against that of the other layers below P, which
-    read as many tokens; 0 where the profile does not tell."""
+def feature_us(record: Record) -> float | None:
+    """Microseconds a step that the features cost: the feature layer's attention less that of the other layers below P, which
+    read as many tokens (below nothing by noise at times); None where the profile does not tell, as on a CPU."""
     durations = record["payload"]["attention_us"]
     others = [us for layer, us in enumerate(durations[:LAYER]) if layer != LAYER - 1]
-    return max(0.0, durations[LAYER - 1] - float(np.mean(others))) if others else 0.0
+    return durations[LAYER - 1] - float(np.mean(others)) if others else None
+
+
+def kernels_of(record: Record, part: str) -> tuple[list[tuple[str, float, float]], float]:
+    """[(name, calls, microseconds)] a step of a profile, largest first, and the microseconds of all.
+
+    On a GPU without the operators (aten::) that records of version 0.3.0 hold beside the kernels that they launched: they
+    repeat these kernels' time.
+    """
+    found, gpu = record["payload"]["profile"][part], record["config"]["where"] == "gpu"
+    twice = [row for row in found["kernels"] if gpu and row[0].startswith("aten::")]
+    rows = [(name, n / found["steps"], us / found["steps"]) for name, n, us in found["kernels"] if [name, n, us] not in twice]
+    return rows, (found["total_us"] - sum(us for _, _, us in twice)) / found["steps"]
 
 
 def bookkeeping_us(record: Record, names: tuple[str, ...] = ("_advance",)) -> float | None:
     """Microseconds a step in our bookkeeping kernels, from the profile; None where it holds none (on a CPU)."""
-    found = record["payload"]["profile"]["decode"]
-    spent = [us for name, _, us in found["kernels"] if name.startswith(names)]
-    return sum(spent) / found["steps"] if spent else None
+    spent = [us for name, _, us in kernels_of(record, "decode")[0] if name.startswith(names)]
+    return sum(spent) if spent else None
 
 
 def shares(record: Record, n: int = 1000, seed: int = 0) -> dict[str, Quantity]:
@@ -52,7 +63,7 @@ def shares(record: Record, n: int = 1000, seed: int = 0) -> dict[str, Quantity]:
     ):
         return {}
     token = {name: one["token"] for name, one in found.items() if one is not None}
-    extra = token["one count with predictor"] - token["one count"] + feature_us(record) / 1000
+    extra = token["one count with predictor"] - token["one count"] + (feature_us(record) or 0.0) / 1000
     alone = token["course with predictor"] - token["course"]
     return {
         "predictor": ratio_of_medians(alone, token["course with predictor"], n, seed),
@@ -64,7 +75,7 @@ def share_quantities(study: Study) -> dict[str, Any]:
     """c6.{model}.time_share: predictor, lengths and features together, of a decode step at batch 1."""
     out = {}
     for cell, record in share_records(study).items():
-        if cell.model in PAPER_MODELS and cell.batch == 1:
+        if cell.model in PAPER_MODELS and cell.batch == 1 and feature_us(record) is not None:
             found = shares(record, study.scale.bootstrap, study.seed)
             if found:
                 out[f"c6.{cell.model}.time_share"] = found["all"]
@@ -79,26 +90,21 @@ def overhead_table(study: Study) -> pd.DataFrame:
         one = samples(record, "one count with predictor")
         if not found or one is None:
             continue
-        step, kernel = float(np.median(one["token"])), bookkeeping_us(record)
+        step, features = float(np.median(one["token"])), feature_us(record)
+        kernel, whole = bookkeeping_us(record), kernels_of(record, "decode")[1]
         rows.append(
             {
                 "model": label(study, cell.model), "batch": cell.batch, "step ms": step,
                 "predictor %": 100 * found["predictor"]["mean"],
                 "predictor, lengths, features %": 100 * found["all"]["mean"],
                 "its 95 % interval": f"{100 * found['all']['lo']:.2f} to {100 * found['all']['hi']:.2f}",
-                "features, us a step": feature_us(record),
+                "features, us a step": np.nan if features is None else features,
                 "bookkeeping kernel, us a step": np.nan if kernel is None else kernel,
-                "bookkeeping kernel, % of kernels' time": np.nan if kernel is None else 100 * kernel / step_us(record),
+                "bookkeeping kernel, % of kernels' time": np.nan if kernel is None else 100 * kernel / whole,
                 "rounds": found["all"]["n"],
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def step_us(record: Record) -> float:
-    """Microseconds of all kernels of a decode step."""
-    found = record["payload"]["profile"]["decode"]
-    return found["total_us"] / found["steps"]
 
 
 def kind_of(name: str) -> str:
@@ -114,12 +120,12 @@ def kernel_table(study: Study, part: str = "decode", top: int = 8) -> pd.DataFra
     """The kernels that take most of a decode step ("decode") or of a prompt's pass ("prefill"), DyRate, by model and batch."""
     rows = []
     for cell, record in share_records(study).items():
-        found = record["payload"]["profile"][part]
-        for name, calls, us in found["kernels"][:top]:
+        kernels, total = kernels_of(record, part)
+        for name, calls, us in kernels[:top]:
             rows.append(
                 {
                     "model": label(study, cell.model), "batch": cell.batch, "kernel": name[:48], "what": kind_of(name),
-                    "calls": calls / found["steps"], "us": us / found["steps"], "% of the time": 100 * us / found["total_us"],
+                    "calls": calls, "us": us, "% of the time": 100 * us / total,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)

@@ -152,10 +152,8 @@ def _row(
             f"TFLOPs, {convention}": cell.batch * float(count) / 1e12,
             f"% of unpruned, {convention}": 100 * count.ratio,
         }
-    if "intake_ms" in record["payload"]["contenders"][f"{loop} {method}"].get("samples", {}):
-        row["host intake ms"] = float(
-            np.median(record["payload"]["contenders"][f"{loop} {method}"]["samples"]["intake_ms"])
-        )
+    if "intake_ms" in alone.get("samples", {}):
+        row["host intake ms"] = float(np.median(alone["samples"]["intake_ms"]))
     return row
 
 

@@ -114,7 +114,9 @@ def profile(run: Callable, device: torch.device, n: int, first: int | None, top:
     if seen["on"]:
         end()
     spent = "self_device_time_total" if cuda else "self_cpu_time_total"
-    rows = [(e.key, int(e.count), float(getattr(e, spent))) for e in found.key_averages()]
+    device_type = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU  # an operator repeats its kernels
+    events = [e for e in found.key_averages() if e.device_type == device_type]
+    rows = [(e.key, int(e.count), float(getattr(e, spent))) for e in events]
     rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
     if not rows:
         raise InputError("the profiler saw nothing")

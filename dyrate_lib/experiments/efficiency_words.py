@@ -52,7 +52,7 @@ def possible_words(study: Study) -> str:
             f"{row.model}: the paper prints x{row['paper, x']:.2f}. By this machine's measured bandwidth and matrix rate, "
             f"{row.part}, DyRate's course can give x{row['floors allow DyRate, x']:.2f} and no method more than "
             f"x{row['floors allow no image token, x']:.2f}, which is {max(0.0, row['of the gain printed, at most %']):.0f} % of "
-            f"the gain printed; measured: x{row['measured, x']:.2f}"
+            f"the gain printed; measured, with both runs above their floors: x{row['measured, x']:.2f}"
         )
     return "\n".join(lines) if lines else NOTHING
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import DyRateError
+from ..__main__ import exit_code
 from .benchmarks import BENCHMARKS, GROUP
 from .task_files import SCENES_PICTURES, write_tasks
 
@@ -49,33 +49,31 @@ def _task_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2 for bad input or a missing resource; 1 for an evaluation that failed; 130 for Ctrl-C."""
-    args, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
     if rest and args.command != "eval":
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        if args.command == "eval":
-            from .launch import evaluate
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return exit_code(lambda: _run(args, rest))
 
-            return evaluate(rest, data=args.data, scenes_pictures=args.scenes_pictures, scenes_seed=args.scenes_seed)
-        if args.command == "tasks":
-            names = write_tasks(args.folder, args.data, scenes_pictures=args.scenes_pictures, seed=args.scenes_seed)
-            print("\n".join(names))
-        elif args.command == "parquet":
-            from ..datasets import open_dataset
-            from .parquet import write_captions
 
-            print(write_captions(open_dataset(args.dataset, args.n), args.task, args.file))
-        else:
-            from .results import paper_tables, read_results
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    if args.command == "eval":
+        from .launch import evaluate
 
-            for title, table in paper_tables(read_results(args.folder)).items():
-                print(f"\n{title}\n{table.to_string(index=False, na_rep='-')}")
-    except DyRateError as error:
-        print(f"dyrate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dyrate: stopped", file=sys.stderr)
-        return 130
+        return evaluate(rest, data=args.data, scenes_pictures=args.scenes_pictures, scenes_seed=args.scenes_seed)
+    if args.command == "tasks":
+        names = write_tasks(args.folder, args.data, scenes_pictures=args.scenes_pictures, seed=args.scenes_seed)
+        print("\n".join(names))
+    elif args.command == "parquet":
+        from ..datasets import open_dataset
+        from .parquet import write_captions
+
+        print(write_captions(open_dataset(args.dataset, args.n), args.task, args.file))
+    else:
+        from .results import paper_tables, read_results
+
+        for title, table in paper_tables(read_results(args.folder)).items():
+            print(f"\n{title}\n{table.to_string(index=False, na_rep='-')}")
     return 0
 
 

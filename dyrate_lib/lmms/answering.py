@@ -67,9 +67,8 @@ def read_decoding(generation_kwargs: Mapping[str, Any] | None, default_new_token
     until = [until] if isinstance(until, str) else list(until or ())
     if not all(isinstance(text, str) for text in until):
         raise InputError(f"generation_kwargs: until={until!r} must be strings")
-    limited = given.get("max_new_tokens") is not None
-    longest = given.pop("max_new_tokens", None) if limited else default_new_tokens
-    given.pop("max_new_tokens", None)
+    longest = given.pop("max_new_tokens", None)
+    limited = longest is not None
     temperature, top_p, top_k = (given.pop(k, None) for k in ("temperature", "top_p", "top_k"))
     sampled = bool(given.pop("do_sample", False)) and temperature != 0
     beams = given.pop("num_beams", None)
@@ -77,7 +76,7 @@ def read_decoding(generation_kwargs: Mapping[str, Any] | None, default_new_token
     if unknown:
         warnings.warn(f"generation_kwargs without a meaning here: {', '.join(unknown)}", stacklevel=2)
     made = Decoding(
-        _whole("max_new_tokens", longest, 1), tuple(text for text in until if text), sampled,
+        _whole("max_new_tokens", longest if limited else default_new_tokens, 1), tuple(text for text in until if text), sampled,
         float(1.0 if temperature is None or not sampled else temperature),
         float(1.0 if top_p is None or not sampled else top_p), _whole("top_k", top_k or 0, 0) if sampled else 0,
         _whole("num_beams", 1 if beams is None else beams, 1), limited,

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from ..errors import DyRateError, InputError, ResourceError
 from ..metrics import find_java
-from .task_files import official_folder, write_tasks
+from .benchmarks import LOCAL
+from .task_files import SCENES_PICTURES, official_folder, write_tasks
 
 
 def evaluate(
-    arguments: Sequence[str], data: str | None = None, scenes_pictures: int = 1000, scenes_seed: int = 0
+    arguments: Sequence[str], data: str | None = None, scenes_pictures: int = SCENES_PICTURES, scenes_seed: int = 0
 ) -> int:
     """Run lmms-eval with these arguments of its command line; returns the exit code (0, or 1 after a failure).
 
@@ -53,10 +54,8 @@ def _check_tasks(arguments: Sequence[str], known: Sequence[str]) -> None:
     asked = [a.partition("=")[2] for a in arguments if a.startswith("--tasks=")]
     asked += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--tasks"]
     for name in asked[-1].split(",") if asked else []:
-        if name.endswith("_local") and name not in known:
-            raise InputError(
-                f"the task {name} needs --data FOLDER with parquet files in FOLDER/{name.removesuffix('_local')}"
-            )
+        if name.endswith(LOCAL) and name not in known:
+            raise InputError(f"the task {name} needs --data FOLDER with parquet files in FOLDER/{name.removesuffix(LOCAL)}")
 
 
 def _run(arguments: list[str]) -> int:
@@ -70,9 +69,8 @@ def _run(arguments: list[str]) -> int:
 
     from . import manifest
 
-    MODEL_REGISTRY_V2.register_manifest(
-        manifest(), overwrite=True
-    )  # where the package is not installed, no entry point says so
+    # where the package is not installed, no entry point says so
+    MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
     saved, sys.argv = sys.argv, ["lmms-eval", *arguments]
     try:
         _, args = parse_eval_args()

@@ -104,6 +104,7 @@ class DyRateModel(lmms):
         messages = to_messages(self.task_dict[task][split][doc_id]) if pictures else ()
         return Question((task, split, int(doc_id)), messages, decoding)
 
+    # what lmms-eval's interface has a model raise for a kind of request that it does not take
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("dyrate generates replies; tasks that ask for likelihoods are not supported")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, ResourceError
 from ..images import load_image
+from ..published_parquet import arrow
 
 if TYPE_CHECKING:
     from ..datasets import CaptionDataset
@@ -27,8 +28,7 @@ def check_parquet(files: Sequence[Path], columns: Sequence[tuple[str, str]], wha
         InputError: not parquet, a column missing or of another type, no rows, a first row without an answer or with a
             picture that cannot be read; the file (and row) is named.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    pa, pq = arrow()
 
     rows = 0
     for file in files:
@@ -142,8 +142,7 @@ def write_captions(dataset: CaptionDataset, task: str, file: str | Path, rows_a_
     Raises:
         InputError: another task, a broken picture. ResourceError: the file cannot be written.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    pa, pq = arrow()
 
     if task not in CAPTION_ROWS:
         raise InputError(f"{task!r} is none of the caption tasks: {', '.join(CAPTION_ROWS)}")

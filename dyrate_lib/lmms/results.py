@@ -87,7 +87,7 @@ def _score(values: Mapping[str, Any], metric: str) -> float:
 
 
 def split_args(text: str | Mapping[str, Any]) -> dict[str, Any]:
-    """model_args as lmms-eval splits them: at commas that are not inside brackets or quotes.
+    """model_args as lmms-eval splits them: at commas that are not inside brackets or braces.
 
     Raises InputError for a part without an equals sign.
     """
@@ -116,7 +116,7 @@ def paper_tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         if not len(part):
             continue
         columns = [b.column for b in BENCHMARKS.values() if b.table == table]
-        printed = pd.read_csv(paths.data() / "paper" / f"table{table}.csv")
+        printed = pd.read_csv(paths.paper() / f"table{table}.csv")
         quoted = printed[["model", "label" if table == 2 else "llm", *columns]].copy()
         quoted.columns = ["model", "method", *columns]
         quoted.insert(0, "source", "paper")

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import methods
-from ..errors import InputError
+from ..errors import InputError, ResourceError
+from ..generation import ENGINES
 from ..methods import CDPruner, Method, NoReduction, clip_text
 
 TEMPLATES = ("auto", "dyrate", "processor")
-ENGINES = ("reference", "auto", "graph")
 NEW_TOKENS = 1024  # of tasks that set no limit: lmms-eval's own LLaVA adapter takes as many
 OWN = (
     "pretrained", "method", "dtype", "device", "flops", "predictor", "clip", "template", "system_prompt", "max_new_tokens",
@@ -180,8 +180,6 @@ def build_method(settings: Settings, model: Any = None) -> Method:
 def _clip(source: str) -> dict[str, Any]:
     """CDPruner's text tower and visual projection, from a CLIP checkpoint in safetensors."""
     from transformers import AutoTokenizer, CLIPModel, CLIPTextModelWithProjection
-
-    from ..errors import ResourceError
 
     try:
         whole = CLIPModel.from_pretrained(source, use_safetensors=True)

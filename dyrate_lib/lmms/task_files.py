@@ -15,13 +15,13 @@ import yaml
 
 from ..errors import InputError, ResourceError
 from ..published_parquet import find_parquet
+from . import VERSION
 from .benchmarks import BENCHMARKS, GROUP, LOCAL, LOCAL_GROUP, SCENES_GROUP, Benchmark
 from .parquet import check_parquet
 
 SCENES_PICTURES = 1000
-GQA_IMAGES = (
-    "testdev_balanced_images"  # the folder of GQA's pictures as lmms-eval's data set keeps them, apart from questions
-)
+# the folder of GQA's pictures as lmms-eval's data set keeps them, apart from questions
+GQA_IMAGES = "testdev_balanced_images"
 
 
 def official_folder() -> Path:
@@ -103,7 +103,7 @@ def local_files(data: str | Path, tasks: Path | None = None, *, check: bool = Tr
 def _local(bench: Benchmark, folder: Path, official: Path, check: bool) -> dict[str, str]:
     page = official / bench.page
     if not page.is_file():
-        raise ResourceError(f"this lmms-eval has no {bench.page}: 0.7.3 is what the tasks are written for")
+        raise ResourceError(f"this lmms-eval has no {bench.page}: {VERSION} is what the tasks are written for")
     parts = find_parquet(folder, bench.split)
     config: dict[str, Any] = {
         "include": str(page), "task": bench.task + LOCAL, "dataset_path": "parquet", "dataset_name": None,
@@ -146,7 +146,7 @@ def write_tasks(
     """Write all task files into `folder`; returns the names of the tasks and groups that can then be asked for.
 
     data: also the offline variants for these parquet folders (`local_files`).
-    Raises what `local_files` raises, and ResourceError where the folder cannot be written; nothing is written then.
+    Raises what `local_files` raises, with nothing written, and ResourceError where the folder cannot be written.
     """
     files = dict([group_file()]) | scenes_files(scenes_pictures, seed)
     if data is not None:
