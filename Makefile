@@ -1,25 +1,27 @@
-# Thin on purpose: the work is in `python -m dyrate_lib`. Variables: SCALE (smoke | full), MODEL, DATA, OUT, JOBS, PYTHON, VENV.
+# Thin on purpose: the work is in `python -m dyrate_lib`. Variables: SCALE (smoke | full), MODEL, DATA, LMMS, OUT, JOBS, PYTHON, VENV.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
-OPTIONS = $(if $(SCALE),--scale "$(SCALE)") $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(if $(JOBS),--jobs "$(JOBS)")
+OPTIONS = $(if $(SCALE),--scale "$(SCALE)") $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(LMMS),--lmms "$(LMMS)") $(if $(OUT),--out "$(OUT)") $(if $(JOBS),--jobs "$(JOBS)")
 
-.PHONY: help env soak reproduce figures bench test test-newest lint types book wheel lmms clean
+.PHONY: help env soak reproduce figures bench test test-book test-jobs test-newest lint types book wheel lmms clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reproduce   set up, then compute everything anew (SCALE=smoke without a GPU, full with one) into build/"
 	@echo "make test        set up, then lint, unit tests and every committed notebook"
 	@echo "make soak        kills, full disks, damaged files and bad input, at length"
+	@echo "make test-book   the book's tests alone, in a headless Chromium if one is installed"
+	@echo "make test-jobs   the study's jobs through Snakemake, and through SLURM if it is installed"
 	@echo "make test-newest the contract tests on transformers' newest release, in an environment of its own"
 	@echo "make figures     redraw figures/ from the committed records, on a CPU"
 	@echo "make bench       time loops and methods on this machine (BENCH='--batch 16 ...': see python -m dyrate_lib bench --help)"
 	@echo "make book        notebooks, reference and an interactive page as static HTML in build/book"
 	@echo "make wheel       a wheel in build/dist that works outside the repository"
 	@echo "make lint        ruff and mypy; make types mypy alone"
-	@echo "make lmms        add lmms-eval, for the official benchmarks (README, Real weights and data), and try it"
-	@echo "Variables: SCALE=smoke|full MODEL=hub-id-or-folder DATA=coco:/folder OUT=folder JOBS=2|slurm PYTHON=python3.12 VENV=.venv"
+	@echo "make lmms        add lmms-eval, for the official benchmarks (README, From original weights to Tables I and II), and try it"
+	@echo "Variables: SCALE=smoke|full MODEL=hub-id-or-folder DATA=coco:/folder LMMS=folder OUT=folder JOBS=2|slurm PYTHON=python3.12 VENV=.venv"
 
 env: $(STAMP)
 
@@ -58,6 +60,12 @@ bench: env
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not gpu" tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks
+
+test-book: env
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_book.py
+
+test-jobs: env $(VENV)/.jobs
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_slurm.py tests/test_parallel.py -k "job or cluster or queue or accounts"
 
 # Everything that lmms-eval's tasks here need, and lmms-eval without what it asks for besides (another torch's torchvision).
 lmms: env

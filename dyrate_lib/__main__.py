@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dyrate_lib import __version__, captioning, generation, paths, study
+from dyrate_lib import __version__, captioning, generation, paths, plan, study
 from dyrate_lib.errors import DyRateError, InputError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ def _parser(prog: str = "python -m dyrate_lib") -> argparse.ArgumentParser:
     p.add_argument("--records", choices=("fresh", "committed"), default="fresh", help="committed reads data/results")
     p.add_argument("--model", help="a hub id or folder for both models of the study, or two of them: SMALL,BASE")
     p.add_argument("--data", help="scenes (default) or coco:/folder, and with it flickr30k:/folder, nocaps:/folder, by commas")
+    p.add_argument("--lmms", help="a folder of lmms-eval results, which fill Tables I and II of notebook 03")
     p.add_argument("--out", help="output folder (default: build)")
     p.add_argument("--again", action="store_true", help="run also what is finished")
     p.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="these notebooks only")
@@ -81,6 +82,11 @@ def _parser(prog: str = "python -m dyrate_lib") -> argparse.ArgumentParser:
     p.add_argument("--tables", help="folder with scoreboard.csv (default: build/tables if there is one, else figures)")
     p.add_argument("--write", metavar="FILE", help="replace what stands between the scoreboard marks of FILE, from figures/")
 
+    p = sub.add_parser("plan", help="how long the full study takes on original weights: hours and memory on several GPUs")
+    p.add_argument("--model", choices=plan.SIZES, help="LLaVA-1.5's size (default: both)")
+    p.add_argument("--gpus", type=int, default=8, help="GPUs that share the work (default: 8)")
+    p.add_argument("--write", metavar="FILE", help="put the table, for both sizes and eight GPUs, between the plan marks of FILE")
+
     p = sub.add_parser("book", help="build the book: notebooks, reference and an interactive page as static HTML")
     p.add_argument("--out", help="folder of the book (default: build/book)")
 
@@ -106,8 +112,9 @@ def _reproduce(args: argparse.Namespace) -> None:
         folder = _jobs(args)
     else:
         folder = study.reproduce(
-            args.scale, records=args.records, model=args.model, data=args.data, out=args.out, only=args.only, again=args.again
-        )
+            args.scale, records=args.records, model=args.model, data=args.data, out=args.out, only=args.only, again=args.again,
+            lmms=args.lmms,
+        )  # fmt: skip
     if (folder / "tables" / "scoreboard.csv").is_file():
         print("\nScoreboard\n==========")
         _print_scoreboard(folder / "tables")
@@ -121,6 +128,8 @@ def _jobs(args: argparse.Namespace) -> Path:
 
     if args.only or args.again or args.records != "fresh":
         raise InputError("--jobs computes the whole study anew: leave out --only, --again and --records")
+    if args.lmms:
+        raise InputError("--lmms goes without --jobs: after the jobs, the same command with it instead finds all their records")
     if not args.scale and not args.jobs.isdigit():
         raise InputError(f"--jobs {args.jobs}: say --scale full or smoke, for the nodes may have GPUs that are not here")
     return jobs.reproduce(args.jobs, args.scale or study.default_scale(), args.out or paths.build(), args.model, args.data)
@@ -155,7 +164,7 @@ def _caption(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from dyrate_lib.experiments.efficiency_bench import bench, bench_profile
+    from dyrate_lib.experiments.efficiency_bench import bench, bench_profile, subject
     from dyrate_lib.plotting import markdown_table
 
     table, about = bench(
@@ -163,7 +172,9 @@ def _bench(args: argparse.Namespace) -> None:
     )  # fmt: skip
     print(f"{about}\n\n{markdown_table(table)}")
     if args.profile:
-        print(f"\nThe reference loop by kind of operator:\n\n{markdown_table(bench_profile(args.model or 'scenes-small'))}")
+        spent = bench_profile(args.model, batch=args.batch, pictures=args.pictures, device=args.device)
+        what = f"{subject(args.model, args.device)}, {args.batch} prompt(s), FastV"
+        print(f"\nThe reference loop by kind of operator ({what}):\n\n{markdown_table(spent)}")
 
 
 def _scoreboard(args: argparse.Namespace) -> None:
@@ -173,6 +184,13 @@ def _scoreboard(args: argparse.Namespace) -> None:
     else:
         usual = built if (built / "scoreboard.csv").is_file() else paths.figures()
         _print_scoreboard(Path(args.tables) if args.tables else usual)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if args.write:
+        plan.write_plan(args.write)
+    else:
+        print(plan.sheet((args.model,) if args.model else plan.SIZES, args.gpus))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -209,7 +227,7 @@ def completion(shell: str) -> str:
         for action in command._actions:
             if action.dest in ("image", "predictor", "source", "write"):
                 action.complete = shtab.FILE
-            elif action.dest in ("out", "tables"):
+            elif action.dest in ("out", "tables", "lmms"):
                 action.complete = shtab.DIRECTORY
     for command in ("run", "list"):
         next(a for a in commands[command]._actions if a.dest == "notebook").choices = study.NOTEBOOKS
@@ -260,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(args.verbose)
     commands = {
         "reproduce": _reproduce, "figures": lambda _: print(study.figures()), "run": _run, "list": _list, "caption": _caption,
-        "scoreboard": _scoreboard, "bench": _bench, "book": _book, "fetch": _fetch,
+        "scoreboard": _scoreboard, "bench": _bench, "plan": _plan, "book": _book, "fetch": _fetch,
         "completion": lambda a: print(completion(a.shell)),
     }  # fmt: skip
     return exit_code(lambda: commands[args.command](args), stopped="stopped; the same command goes on where it was")

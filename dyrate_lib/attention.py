@@ -27,20 +27,29 @@ def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention of q [B, H, R, d] over k, v [B, H or kv, T, d]: [B, H, R, d].
 
-    allowed: bool, broadcastable to [B, H, R, T], True where a row reads a column; None reads all (or causally).
+    allowed: bool, broadcastable to [B, H, R, T], True where a row reads a column, or `additive`; None reads all (or causally).
     """
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
 
 
-def row_attention(q: Tensor, k: Tensor, allowed: Tensor) -> Tensor:
+def additive(allowed: Tensor, q: Tensor) -> Tensor:
+    """A bool mask as `attend` takes it best: on a CPU the floats (0, -inf) that every layer would make of it, in q's dtype."""
+    if q.device.type != "cpu":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+
+
+def row_attention(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
     """Softmax attention of a few query rows, in float32.
 
-    q: [B, H, R, d] rotated queries; k: [B, H or kv, T, d] rotated keys; allowed: bool [B, T] or [B, R, T].
+    q: [B, H, R, d] rotated queries; k: [B, H or kv, T, d] rotated keys; allowed: bool [B, T] or [B, R, T], None is all.
     Returns [B, H, R, T] float32, each row summing to 1.
     """
     k = repeat_heads(k, q.shape[1])
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if allowed is None:
+        return torch.softmax(scores, dim=-1)
     allowed = allowed[:, None, None] if allowed.ndim == 2 else allowed[:, None]
     return torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
 
@@ -50,8 +59,17 @@ def shares_by_type(attention: Tensor, types: Tensor) -> Tensor:
 
     attention: [B, H, R, T] float32; types: [B, T]. Returns [B, R, H, 4] (sys, img, ins, res), each summing to 1.
     """
-    one_hot = F.one_hot(types.clamp(min=0), 4).to(attention.dtype) * (types != PAD)[..., None]
-    return torch.einsum("bhrt,btc->brhc", attention, one_hot)
+    return shares_of(attention, type_columns(types))
+
+
+def type_columns(types: Tensor) -> Tensor:
+    """[B, T] types to [B, T, 4] float32: 1 in the column of its type, padding in none."""
+    return F.one_hot(types.clamp(min=0), 4).float() * (types != PAD)[..., None]
+
+
+def shares_of(attention: Tensor, columns: Tensor) -> Tensor:
+    """`shares_by_type` with the `type_columns` of the types."""
+    return torch.einsum("bhrt,btc->brhc", attention, columns)
 
 
 def image_scores(attention: Tensor, image_index: Tensor) -> Tensor:

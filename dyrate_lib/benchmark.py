@@ -1,26 +1,17 @@
-"""Latency and memory, prefill and decode apart, and what the machine could do at best.
-
-Times any engine: what is timed is a callable `run(new_tokens)` that generates exactly that many tokens.
-`generate_run` makes one from `dyrate_lib.generate`, `stock_run` from transformers' own `model.generate`.
-"""
+"""What a callable takes, and what the machine could do at best."""
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from .errors import InputError, ResourceError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -75,107 +66,9 @@ def time_callable(
     return Timing.of([_once(fn, place) for _ in range(repeats)])
 
 
-def latency(
-    run: Callable[[int], Any],
-    new_tokens: int = 64,
-    device: str | torch.device | None = None,
-    warmup: int = 2,
-    repeats: int = 10,
-    batch: int = 1,
-) -> dict[str, Any]:
-    """Times generation with prefill and decode apart.
-
-    `run(1)` is prefill and one token; `run(new_tokens)` adds `new_tokens - 1` decode steps; decode time per token is
-    the difference of their medians over these steps. The two alternate: a drifting clock touches both alike.
-
-    Args:
-        run: generates exactly the given number of tokens (end-of-sequence switched off, or the figures mean nothing).
-        batch: samples that one run generates for; used for the throughput only.
-
-    Returns:
-        prefill_ms, decode_ms_per_token, end_to_end_ms (medians), prefill_iqr_ms, end_to_end_iqr_ms, tokens_per_second,
-        new_tokens, batch, repeats, peak_bytes and working_bytes (largest GPU allocation during a run, and how much of
-        it came on top of what was allocated before; None on a CPU). Decode time may come out negative if the machine's
-        noise exceeds it: use more tokens or repeats.
-
-    Raises:
-        InputError: fewer than two tokens, no repeats. ResourceError: no such GPU.
-    """
-    _check_counts(warmup, repeats)
-    if new_tokens < 2 or batch < 1:
-        raise InputError(f"new_tokens must be at least 2 and batch at least 1, not {new_tokens} and {batch}")
-    place = _device(device)
-    for _ in range(warmup):
-        run(1)
-        run(new_tokens)
-    before = _reset_peak(place)
-    prefill, total = [], []
-    was_on = gc.isenabled()
-    gc.disable()  # a collection in the middle of a run would be counted as the model's time
-    try:
-        for _ in range(repeats):
-            prefill.append(_once(lambda: run(1), place))
-            total.append(_once(lambda: run(new_tokens), place))
-    finally:
-        if was_on:
-            gc.enable()
-    first, full = Timing.of(prefill), Timing.of(total)
-    peak = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
-    return {
-        "prefill_ms": first.median_ms,
-        "decode_ms_per_token": (full.median_ms - first.median_ms) / (new_tokens - 1),
-        "end_to_end_ms": full.median_ms,
-        "prefill_iqr_ms": first.iqr_ms,
-        "end_to_end_iqr_ms": full.iqr_ms,
-        "tokens_per_second": 1000.0 * batch * new_tokens / full.median_ms,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "repeats": repeats,
-        "peak_bytes": peak,
-        "working_bytes": peak - before if peak is not None else None,
-    }
-
-
 def _check_counts(warmup: int, repeats: int) -> None:
     if repeats < 1 or warmup < 0:
         raise InputError(f"repeats must be at least 1 and warmup not negative, not {repeats} and {warmup}")
-
-
-def _reset_peak(place: torch.device) -> int:
-    if place.type != "cuda":
-        return 0
-    torch.cuda.synchronize(place)
-    torch.cuda.reset_peak_memory_stats(place)
-    return torch.cuda.memory_allocated(place)
-
-
-def generate_run(model: Any, inputs: Mapping[str, Any], method: Any = None) -> Callable[[int], None]:
-    """`run(new_tokens)` for `latency` from our own pruned loop; it never stops at an end-of-sequence token."""
-    from .generation import generate
-
-    def run(new_tokens: int) -> None:
-        generate(model, inputs, method=method, max_new_tokens=new_tokens, eos_token_id=[], engine="reference")
-
-    return run
-
-
-def stock_run(model: Any, inputs: Mapping[str, Any], method: Any = None) -> Callable[[int], None]:
-    """`run(new_tokens)` from transformers' greedy `model.generate`, inside the method's context if one is given.
-
-    Entering and leaving the context is part of what is timed: it is part of what a user waits for.
-    """
-
-    def run(new_tokens: int) -> None:
-        with torch.inference_mode(), nullcontext() if method is None else method(model):
-            out = model.generate(
-                **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        made = out.shape[1] - inputs["input_ids"].shape[1]
-        if made != new_tokens:
-            raise InputError(f"the model made {made} tokens where {new_tokens} were to be timed")
-
-    return run
 
 
 def machine_ceilings(device: str | torch.device | None = None, repeats: int = 10) -> dict[str, Any]:
@@ -206,27 +99,3 @@ def machine_ceilings(device: str | torch.device | None = None, repeats: int = 10
         "matmul_tflops": rates,
         "threads": torch.get_num_threads(),
     }
-
-
-def latency_table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Latencies of several methods as a table, each beside its ratio to the first row (the unpruned model).
-
-    Args:
-        rows: name -> what `latency` returned. All must have timed the same number of tokens and the same batch.
-
-    Returns:
-        DataFrame indexed by name: prefill_ms, decode_ms_per_token, end_to_end_ms, each followed by its `_ratio`, and
-        peak_bytes. Raises InputError for no rows or rows that cannot be compared.
-    """
-    import pandas as pd
-
-    if not rows:
-        raise InputError("there are no latencies to tabulate")
-    if len({(row["new_tokens"], row["batch"]) for row in rows.values()}) > 1:
-        raise InputError("latencies of different lengths or batches cannot stand in one table")
-    table = pd.DataFrame.from_dict({name: dict(row) for name, row in rows.items()}, orient="index")
-    columns = []
-    for column in ("prefill_ms", "decode_ms_per_token", "end_to_end_ms"):
-        table[f"{column}_ratio"] = table[column] / table[column].iloc[0]
-        columns += [column, f"{column}_ratio"]
-    return table[[*columns, "peak_bytes"]].rename_axis("method")

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .attention import attend, image_scores, padding_allowed, row_attention, shares_by_type
+from .attention import additive, attend, image_scores, padding_allowed, row_attention, shares_of, type_columns
 from .layout import gather_columns
 from .masks import PAD, RES
 from .methods.base import Method, PruneState
 from .methods.none import NoReduction
 from .models import Adapter, Prompt
+from .step import ModuleStep, step_for
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class PrunedDecoder:
         self._occupied: Any = None
         self._real = prompt.types != PAD
         self._padded = not bool(self._real.all())
+        # of the prompt and, behind it, of every token that may follow
+        self._columns_by_type: Any = None
+        self._real_ahead: Any = None
+        self._step: ModuleStep | None = None  # from the first decode step on
+        self._last = prompt.last_position
+        self._masks: dict[tuple[int, int], Tensor | None] = {}  # of one step
+        self._rows: tuple[Any, Tensor] | None = None
 
     @torch.no_grad()
     def prefill(self) -> Tensor:
@@ -89,7 +97,7 @@ class PrunedDecoder:
             self._store(index, k, v)
             x = self.adapter.finish(index, x, attend(q, k, v, allowed, causal=allowed is None))
             if index == self.feature_layer:
-                self._look(q[:, :, -1:], k, self._real)
+                self._look(q[:, :, -1:], k)
                 if self.layer >= self.adapter.n_layers:
                     state.kept = state.n_image
                     state.ranking = torch.arange(state.image_index.shape[1], device=x.device).expand_as(
@@ -97,42 +105,63 @@ class PrunedDecoder:
                     )
                     state.reads = state.present
                 else:
-                    state.start(self.shares, self._scores)
+                    state.start(self.shares, self._scores())
         return self.adapter.logits(x[:, -1])
 
     @torch.no_grad()
     def decode(self, token: Tensor) -> Tensor:
         """Append `token` [B] int64 to every sample. Returns the logits of the next token, [B, vocab]."""
-        state = self.state
+        state, adapter = self.state, self.adapter
+        if self._step is None:
+            self._step = step_for(adapter, self.prompt.embeds)
+        step = self._step
         self.steps += 1
-        x = self.adapter.embed_tokens(token[:, None]).to(self.prompt.embeds.dtype)
-        rotary = self.adapter.rotary(self.prompt.last_position + self.steps, x)
-        for index in range(self.adapter.n_layers):
-            q, k, v = self.adapter.project(index, self.adapter.normed_input(index, x), rotary)
+        self._masks.clear()
+        x = step.embed(token)
+        rotary = step.reply_rotary(self._last, self.steps, max(self.capacity - 1, self.steps))
+        for index in range(adapter.n_layers):
+            q, k, v = step.project(index, x, rotary)
             keys, values = self._store(index, k, v)
-            if index < self.layer:
-                allowed = self._readable(self._real, index)[:, None, None] if self._padded else None
-            else:
+            if index >= self.layer:
                 first = state.start_slot(index)
-                allowed = self._tail_readable(index)
-                keys, values = keys[:, :, first:], values[:, :, first:]
-                allowed = None if allowed is None else allowed[:, None, None, first:]
-            x = self.adapter.finish(index, x, attend(q, keys, values, allowed))
+                if first:
+                    keys, values = keys[:, :, first:], values[:, :, first:]
+            x = step.finish(index, x, attend(q, keys, values, self._step_mask(index, q)))
             if index == self.feature_layer:
-                self._look(q, keys, self._readable(self._real, index))
-                if self.layer < self.adapter.n_layers:
+                self._look(q, keys)
+                if self.layer < adapter.n_layers:
                     state.advance(self.shares, self._scores)
-        return self.adapter.logits(x[:, -1])
+        return step.logits(x)
 
     # -- what a query row sees ------------------------------------------------------------------------------------
 
-    def _look(self, q: Tensor, keys: Tensor, readable: Tensor) -> None:
-        """Attention of the newest row at the feature layer: shares by type, and scores of the image tokens."""
-        attention = row_attention(q, keys, readable)
-        fresh = keys.shape[2] - self.prompt.types.shape[1]
-        types = torch.nn.functional.pad(self.prompt.types, (0, fresh), value=RES)
-        self.shares = shares_by_type(attention, types)[:, 0]
-        self._scores = image_scores(attention, self.prompt.image_index)
+    def _look(self, q: Tensor, keys: Tensor) -> None:
+        """Attention of the newest row at the feature layer: shares by type; scores of the image tokens for who asks."""
+        if self._columns_by_type is None:
+            types = torch.nn.functional.pad(self.prompt.types, (0, max(self.capacity - 1, 0)), value=RES)
+            self._columns_by_type, self._real_ahead = type_columns(types), types != PAD
+        length = keys.shape[2]
+        self._attention = row_attention(q, keys, self._real_ahead[:, :length] if self._padded else None)
+        self.shares = shares_of(self._attention, self._columns_by_type[:, :length])[:, 0]
+
+    def _scores(self) -> Tensor:
+        """Scores of the image tokens by the row that `_look` saw last."""
+        return image_scores(self._attention, self.prompt.image_index)
+
+    def _step_mask(self, index: int, q: Tensor) -> Tensor | None:
+        """What the newest query reads at layer `index`, for `attend`, or None for all; made once a step where layers agree."""
+        if index < self.layer:
+            if not self._padded:
+                return None
+            key = (-1, -1)
+        else:
+            key = (self.state.slots[index], self.state.extent_key(index))
+        if key not in self._masks:
+            tail = index >= self.layer
+            allowed = self._tail_readable(index) if tail else self._readable(self._real, index)
+            first = self.state.start_slot(index) if tail else 0
+            self._masks[key] = None if allowed is None else additive(allowed[:, None, None, first:], q)
+        return self._masks[key]
 
     def _readable(self, occupied: Tensor, index: int) -> Tensor:
         """[B, entries of layer `index`] bool: the prompt's occupied entries and every response token."""
@@ -199,13 +228,17 @@ class PrunedDecoder:
     def snapshot(self) -> Snapshot:
         """See `Runner`."""
         state = self.state
-        rows = [state.layer_kept(index) for index in range(self.adapter.n_layers)]
-        if self.steps == 0 and state.method.reversible:  # the prompt's pass carries every token, whatever is read
-            rows = [state.n_image] * self.adapter.n_layers
         own = state.method.rank == "step" or state.method.reversible or state.method.refresh
-        return Snapshot(
-            state.kept, self.shares, torch.stack(rows, dim=-1), state.ranking, state.reads if own else None
-        )
+        return Snapshot(state.kept, self.shares, self._by_layer(), state.ranking, state.reads if own else None)
+
+    def _by_layer(self) -> Tensor:
+        state, n_layers = self.state, self.adapter.n_layers
+        if self.steps == 0 and state.method.reversible:  # the prompt's pass carries every token, whatever is read
+            return state.n_image[:, None].expand(-1, n_layers)
+        if self._rows is None or self._rows[0] is not state.kept:
+            rows = [state.layer_kept(index) for index in range(n_layers)]
+            self._rows = (state.kept, torch.stack(rows, dim=-1))
+        return self._rows[1]
 
 
 class RefreshedDecoder:

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
 import os
 import shutil
+import struct
 import tarfile
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import paths
 from .checksums import SUMS, check_sums
-from .errors import InputError, ResourceError
+from .errors import DyRateError, InputError, ResourceError
 from .loading import SCENES
 
 log = logging.getLogger(__name__)
 
+LARGEST, MOST = 8 << 30, 100_000  # bytes and files that an archive may unpack to: a checkout with both models is below 1 GB
+# what the standard library raises for damaged archives; RuntimeError: a zip that is encrypted or of an unknown kind
+_BROKEN = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError,
+    OverflowError, LookupError, TypeError, AttributeError,
+)  # fmt: skip
 _KEPT = (".json", ".jsonl", ".safetensors", ".md", ".gz")  # a checkpoint is these; anything else stays behind
 
 
@@ -31,7 +41,8 @@ def fetch(source: str | Path) -> list[Path]:
     checkpoint that is there already is replaced as a whole.
 
     Raises:
-        InputError: no such file or folder, no archive, no checkpoint in it, or one that is incomplete or damaged.
+        InputError: no such file or folder, no archive, one that would unpack to more than LARGEST bytes or MOST files, no
+            checkpoint in it, or one that is incomplete or damaged.
         ResourceError: the target cannot be written.
     """
     source = Path(source).expanduser()
@@ -48,16 +59,29 @@ def _unpack(archive: Path, scratch: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
+                _check_size(archive, (member.file_size for member in opened.infolist()))
                 opened.extractall(scratch)  # zipfile itself keeps member names inside the folder
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as opened_tar:
+                _check_size(archive, (member.size for member in opened_tar))
                 opened_tar.extractall(scratch, filter="data")
         else:
             raise InputError(f"{archive} is no .zip or .tar archive: name a checkout, a folder of checkpoints, or an archive")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError) as error:
+    except DyRateError:
+        raise
+    except _BROKEN as error:
         raise InputError(f"{archive} cannot be unpacked ({error}): get it again") from error
     except OSError as error:
         raise ResourceError(f"{archive} cannot be unpacked: {error.strerror or error}") from error
+
+
+def _check_size(archive: Path, sizes: Iterable[int]) -> None:
+    """InputError for what would fill the disk, told from what the archive says of its members before any is written."""
+    total = 0
+    for number, size in enumerate(sizes, 1):
+        total += max(size, 0)
+        if total > LARGEST or number > MOST:
+            raise InputError(f"{archive} would unpack to more than {LARGEST >> 30} GB or {MOST} files: no archive of checkpoints")
 
 
 def _found(folder: Path) -> list[Path]:

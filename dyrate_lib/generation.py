@@ -227,10 +227,13 @@ def _reference(request: Request) -> GenerationOutput:
     adapter, method, device, streamer = request.adapter, request.method, request.device, request.streamer
     inputs = {key: value.to(device) for key, value in request.inputs.items()}
     choose = _chooser(request.sampling, device)
-    prompt, ids = method.embed(adapter, inputs), inputs["input_ids"]
+    prompt, prompt_ids = method.embed(adapter, inputs), inputs["input_ids"]
     if request.copies > 1:
-        rows = torch.arange(ids.shape[0], device=device).repeat_interleave(request.copies)
-        prompt, ids = replace(prompt.select(rows), embeds=prompt.embeds[rows]), ids[rows]
+        rows = torch.arange(prompt_ids.shape[0], device=device).repeat_interleave(request.copies)
+        prompt, prompt_ids = replace(prompt.select(rows), embeds=prompt.embeds[rows]), prompt_ids[rows]
+    length = prompt_ids.shape[1]
+    room = torch.nn.functional.pad(prompt_ids, (0, request.steps))
+    ids = room[:, :length]
     recorder = _Recorder()
     runner = method.runner(adapter, prompt, request.steps)
 
@@ -248,7 +251,8 @@ def _reference(request: Request) -> GenerationOutput:
         token = torch.where(alive, token, adapter.pad_token_id)
         tokens.append(token)
         valid.append(alive)
-        ids = torch.cat((ids, token[:, None]), dim=1)
+        room[:, length + step] = token
+        ids = room[:, : length + step + 1]
         if streamer is not None:
             streamer.put(token.cpu())
         if request.ends:
@@ -263,7 +267,7 @@ def _reference(request: Request) -> GenerationOutput:
         streamer.end()
     valid_steps = torch.stack(valid, 1)
     return GenerationOutput(
-        sequences=ids, new_tokens=torch.stack(tokens, 1), lengths=valid_steps.sum(-1),
+        sequences=ids.contiguous(), new_tokens=torch.stack(tokens, 1), lengths=valid_steps.sum(-1),
         trace=recorder.trace(valid_steps, runner.layer, prompt), info=adapter.info(),
         logits=torch.stack(all_logits, 1) if request.return_logits else None, processor=request.processor,
         refreshed=method.refresh,

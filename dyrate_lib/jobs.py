@@ -28,7 +28,8 @@ from .errors import DyRateError, InputError, ResourceError
 from .notebooks import NotebookFailed
 
 SHARED = "03"  # the notebook with most replies: several jobs share its batches
-MINUTES, MEMORY = 240, 32_000  # of a job on a cluster at most, and MB; a Snakemake profile overrides them
+# What a job on a cluster asks for at most, by scale; a Snakemake profile overrides it (set-resources, by job).
+NEEDS = {"full": {"gpu": 1, "mem_mb": 32_000, "minutes": 240}, "smoke": {"gpu": 0, "mem_mb": 6_000, "minutes": 60}}
 
 
 class JobsFailed(NotebookFailed):
@@ -92,7 +93,8 @@ def reproduce(
 
     jobs: how many at a time on this machine (each takes a GPU of its own while there are any), or the name of a Snakemake
     executor, "slurm" (`snakemake-executor-plugin-slurm`), whose account, partition and limits a Snakemake profile gives
-    (SNAKEMAKE_PROFILE). only: names of jobs, which are then run with those they come after.
+    (SNAKEMAKE_PROFILE). Nodes must see the output folder and this Python under the same paths; a job that fails or is
+    cancelled is submitted again, twice at most. only: names of jobs, which are then run with those they come after.
 
     Raises:
         InputError: jobs that are no number or name. ResourceError: Snakemake or the executor is not installed.
@@ -115,7 +117,7 @@ def reproduce(
     if unknown:
         raise InputError(f"no job {sorted(unknown)[0]!r}; there are: {', '.join(job.name for job in planned)}")
     place = folder / "jobs" / _fingerprint(options)
-    written = {job.name: _as_json(job, place, local) for job in planned}
+    written = {job.name: _as_json(job, place, local, scale) for job in planned}
     try:
         place.mkdir(parents=True, exist_ok=True)
         (place / "plan.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
@@ -123,9 +125,9 @@ def reproduce(
         raise ResourceError(f"cannot write into {place}: {error.strerror or error}") from error
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(place), "--config", "plan=plan.json",
-        *(("--cores", jobs) if local else ("--executor", jobs, "--jobs", "100", "--latency-wait", "120")),
+        *(("--cores", jobs, "--quiet", "rules") if local else _through(jobs)),
         # marks are of one state of the library; records, not marks, say what is done; a node may die
-        "--rerun-triggers", "mtime", "--rerun-incomplete", "--nolock", "--keep-going", "--retries", "2", "--quiet", "rules", "--",
+        "--rerun-triggers", "mtime", "--rerun-incomplete", "--nolock", "--keep-going", "--retries", "2", "--",
         *(f"{name}.done" for name in only or ()),
     ]  # fmt: skip
     print(f"{len(planned)} jobs, {jobs} {'at a time' if local else '(executor)'}; logs and marks in {place}", flush=True)
@@ -136,12 +138,29 @@ def reproduce(
     return folder
 
 
-def _as_json(job: Job, place: Path, local: bool) -> dict[str, Any]:
+def _through(executor: str) -> tuple[str, ...]:
+    """Snakemake's options for a cluster. They are loud: why a job was refused stands in no log but Snakemake's."""
+    options: tuple[str, ...] = ("--executor", executor, "--jobs", "100", "--latency-wait", "120")
+    if executor == "slurm" and not _has_accounting():
+        # whether a job has ended is asked of the accounts; without any it would be waited for for ever. The queue knows too, for
+        # MinJobAge after the end, which must be three times the first interval
+        options += ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "10", "--slurm-no-account")
+    return options
+
+
+def _has_accounting() -> bool:
+    """Whether this cluster's SLURM keeps accounts: `sacct` is there, and does not refuse."""
+    try:
+        return subprocess.run(["sacct", "-X", "-n"], capture_output=True, timeout=60, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return True  # slow, not absent
+    except OSError:
+        return False
+
+
+def _as_json(job: Job, place: Path, local: bool, scale: str) -> dict[str, Any]:
     arguments = ["-m", "dyrate_lib.jobs", "on-a-gpu", str(place), *job.arguments] if local else list(job.arguments)
-    return {
-        "command": shlex.join([sys.executable, *arguments]), "after": list(job.after), "threads": 1, "mem_mb": MEMORY,
-        "minutes": MINUTES, "gpu": 1,
-    }  # fmt: skip
+    return {"command": shlex.join([sys.executable, *arguments]), "after": list(job.after), "threads": 1, **NEEDS[scale]}
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The one place that knows how transformers builds a VLM, with `families.py` beside it.
+"""The one place that knows how transformers builds a VLM, with `families.py` and `step.py` beside it.
 
 Everything else in the library sees a model through `Adapter`: its layers, how a layer makes queries, keys and values,
 how it ends, and how a batch of prompts and pictures becomes embeddings with a type for every token. The base holds what
@@ -27,6 +27,8 @@ from .layout import (
     token_types,
 )
 from .masks import PAD
+
+FEATURES = "picture_features"  # among inputs: what `Adapter.picture_features` gave for their pictures, [image tokens, D]
 
 # decoders whose layers are built like LLaMA's: pre-norm, q/k/v/o projections with or without biases, full rotary, gated MLP
 DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
@@ -262,7 +264,8 @@ class Adapter(ClipTower):
         """Run the vision tower and the projector once and put their tokens in place.
 
         inputs: input_ids [B, T], attention_mask [B, T] or absent, and what the family's processor makes of pictures
-        (`Adapter.inputs`; LLaVA-1.5: pixel_values [pictures, 3, h, w]), absent where there are none.
+        (`Adapter.inputs`; LLaVA-1.5: pixel_values [pictures, 3, h, w]), absent where there are none. With `FEATURES` among them
+        the tower does not run again.
 
         Raises:
             InputError: as `check`.
@@ -270,10 +273,16 @@ class Adapter(ClipTower):
         self.check(inputs)
         embeds = self.embed_tokens(inputs["input_ids"])
         if inputs.get("pixel_values") is not None:
-            features = torch.cat(list(self.picture_features(inputs, embeds.dtype)), dim=0).to(embeds.dtype)
+            features = inputs[FEATURES] if FEATURES in inputs else self.joined_features(inputs, embeds.dtype)
             places = (inputs["input_ids"] == self.image_token_id).unsqueeze(-1)
+            if FEATURES in inputs and features.shape != (int(places.sum()), embeds.shape[-1]):
+                raise InputError(f"{FEATURES} are {list(features.shape)}, the prompts hold {int(places.sum())} image tokens.")
             embeds = embeds.masked_scatter(places, features)
         return self.layout(inputs, embeds)
+
+    def joined_features(self, inputs: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+        """Tokens of all pictures one after the other, [image tokens, D]."""
+        return torch.cat(list(self.picture_features(inputs, dtype)), dim=0).to(dtype)
 
     # -- the decoder: shared by all families ------------------------------------------------------------------------
 

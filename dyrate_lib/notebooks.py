@@ -28,6 +28,8 @@ NOTEBOOKS = [
     "06_visualization", "07_verdict",
 ]  # fmt: skip
 
+PLACES = ("out", "lmms")  # parameters that are folders: as the caller sees them, not as the notebook's own folder does
+
 class NotebookFailed(DyRateError):
     """A cell raised. The message holds the cell, its error and where the half-executed notebook lies."""
 
@@ -93,7 +95,8 @@ def code_cells(file: Path) -> list[dict[str, Any]]:
         code = [c for c in cells if c.get("cell_type") == "code"]
         for cell in code:
             "".join(cell["source"])
-            cell.setdefault("metadata", {}).get("tags", [])
+            if not isinstance(cell.setdefault("metadata", {}).get("tags") or [], list):
+                raise TypeError("tags that are no list")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file.name} cannot be read as a notebook: {error!r}") from error
     return code
@@ -181,10 +184,17 @@ def run_notebook(
     The kernel is this Python, its folder the notebook's own. A failing notebook becomes `<name>.failed.ipynb` and an
     earlier good one stays; one that stopped as asked (stage = "records") becomes `<name>.records.ipynb`. Raises
     InputError (unknown notebook or parameter, before anything runs), ResourceError (papermill missing, folder not
-    writable), NotebookFailed.
+    writable, no results in the folder `lmms`), NotebookFailed.
     """
     source = find_notebook(name)
     values = check_parameters(source, params or {})
+    for name in PLACES:
+        if values.get(name):
+            values[name] = str(Path(values[name]).expanduser().resolve())
+    if values.get("lmms"):
+        from dyrate_lib.lmms.results import read_results
+
+        read_results(values["lmms"])  # before a kernel is started
     try:
         import papermill
         from nbclient.exceptions import DeadKernelError

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import attend, padding_allowed, row_attention, shares_by_type
+from .attention import additive, attend, padding_allowed, row_attention, shares_by_type
 from .decoder import Snapshot
 from .layout import take_entries
 from .masks import PAD
 from .methods.staged import Staged
 from .models import Adapter, Prompt
-from .staged_state import StagedState
+from .staged_state import Memory, StagedState
+from .step import ModuleStep, step_for
 
 
 class StagedDecoder:
@@ -28,6 +29,7 @@ class StagedDecoder:
         self._caches: list[tuple[Tensor, Tensor]] = []  # buffers, room for the reply behind the prompt
         self._first: list[int] = []  # the first entry that is still read
         self._filled: list[int] = []
+        self._step: ModuleStep | None = None  # from the first decode step on
 
     @torch.no_grad()
     def prefill(self) -> Tensor:
@@ -56,22 +58,29 @@ class StagedDecoder:
     def decode(self, token: Tensor) -> Tensor:
         """Append `token` [B] int64 to every sample. Returns the logits of the next token, [B, vocab]."""
         adapter, state = self.adapter, self.state
+        if self._step is None:
+            self._step = step_for(adapter, self.prompt.embeds)
+        step = self._step
         state.advance()
-        x = adapter.embed_tokens(token[:, None]).to(self.prompt.embeds.dtype)
+        x = step.embed(token)
+        allowed: Tensor | None = None
+        seen: Memory | None = None
         for index in range(adapter.n_layers):
             if index == 0 or (state.renumber and index in state.stages):
-                rotary = adapter.rotary(state.positions(index), x)
-            q, k, v = adapter.project(index, adapter.normed_input(index, x), rotary)
+                rotary = step.rotary(state.positions(index))
+            q, k, v = step.project(index, x, rotary)
             keys, values = self._append(index, k, v)
             if self.method.anneals:
                 keys, values = self._let_go(index, q, keys, values)
-            readable = state.readable(index)
-            allowed = None if readable is None else readable[:, None, None]
-            x = adapter.finish(index, x, attend(q, keys, values, allowed))
+            memory = state.memories[index]
+            if seen is None or memory.types is not seen.types or memory.start != seen.start:  # layers between cuts agree
+                readable, seen = state.readable(index), memory
+                allowed = None if readable is None else additive(readable[:, None, None], q)
+            x = step.finish(index, x, attend(q, keys, values, allowed))
             if index == self.layer - 1:
                 types = state.types(index)
                 self.shares = shares_by_type(row_attention(q, keys, types != PAD), types)[:, 0]
-        return adapter.logits(x[:, -1])
+        return step.logits(x)
 
     def snapshot(self) -> Snapshot:
         """See `Runner`. `reads` and `ranking` are those of layer P; merged tokens have no place in them (-1)."""

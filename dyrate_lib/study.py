@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dyrate_lib import paths
+from dyrate_lib import marks, paths
 from dyrate_lib.errors import InputError, ResourceError
 from dyrate_lib.notebooks import (
     NOTEBOOKS,
@@ -118,14 +118,15 @@ def _minutes(minutes: float) -> str:
 def reproduce(
     scale: str | None = None, *, records: str = "fresh", model: str | None = None, data: str | None = None,
     out: str | Path | None = None, executed: str | Path | None = None, only: Sequence[str] | None = None, again: bool = False,
-    progress: bool = True,
+    lmms: str | Path | None = None, progress: bool = True,
 ) -> Path:  # fmt: skip
     """Run the notebooks in order and return the output folder, which then holds executed notebooks, figures and tables.
 
     scale: 'smoke' or 'full'; None takes full with CUDA, else smoke. records: 'fresh' computes everything anew, 'committed' reads
     data/results. model: replaces both VLMs of the study, or 'A,B' the small and the base one. data: 'scenes' or 'coco:/folder'.
     out: default build/. executed: where executed notebooks go (default out/notebooks). only: some notebooks. again: also those
-    already finished with the same inputs. Raises what run_notebook raises; finished notebooks stay finished.
+    already finished with the same inputs. lmms: a folder of lmms-eval results, shown in notebook 03. Raises what run_notebook
+    raises; finished notebooks stay finished.
     """
     scale = scale or default_scale()
     if scale not in SCALES:
@@ -146,6 +147,15 @@ def reproduce(
             from dyrate_lib.experiments.context import data_specs
 
             data_specs(data)
+    read = ""
+    if lmms:
+        from dyrate_lib.lmms.results import read_results, result_files
+
+        asked["lmms"] = str(Path(lmms).expanduser().resolve())
+        read_results(asked["lmms"])
+        read = _digest(result_files(asked["lmms"]), Path(asked["lmms"]))
+        if not any("lmms" in notebook_parameters(file) for file in files):
+            raise InputError("lmms: none of the notebooks asked for shows results of lmms-eval; 03_benchmarks does")
     plan = []
     for file in files:  # every parameter of every notebook is checked before the first one runs
         known = notebook_parameters(file)
@@ -158,13 +168,14 @@ def reproduce(
     except OSError as error:
         raise ResourceError(f"cannot make the output folder {folder}: {error.strerror or error}") from error
     with _only_run(target.parent):
-        _run_plan(plan, _State(target.parent), target, MINUTES["redraw" if records == "committed" else scale], again, progress)
+        minutes = MINUTES["redraw" if records == "committed" else scale]
+        _run_plan(plan, _State(target.parent), target, minutes, again, progress, read)
     return folder
 
 
 def _run_plan(
     plan: Sequence[tuple[Path, dict[str, Any]]], state: _State, target: Path, minutes: Mapping[str, float], again: bool,
-    progress: bool,
+    progress: bool, read: str = "",
 ) -> None:  # fmt: skip
     what = plan[0][1]
     print(f"Running {len(plan)} notebooks: scale {what['scale']}, records {what['records']}; notebooks go to {target}")
@@ -174,7 +185,8 @@ def _run_plan(
     for file, params in plan:
         # Each key holds the one before: a notebook reads what the earlier ones left.
         sources = ["".join(c["source"]) for c in code_cells(file)]
-        key = hashlib.sha256(json.dumps([key, shared, params, sources], sort_keys=True).encode()).hexdigest()
+        inputs = [key, shared, params, sources] + ([read] if "lmms" in params else [])
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         last = state.done.get(file.stem, {})
         finished = not again and last.get("key") == key and (target / file.name).is_file()
         about = last["seconds"] / 60 if "seconds" in last else minutes.get(file.stem, 1.0)
@@ -222,7 +234,6 @@ def read_scoreboard(folder: str | Path) -> Any:
 
 
 _COLUMNS = ("element", "claim", "notebook", "paper", "ours", "verdict", "evidence")
-_MARKS = ("<!-- scoreboard -->", "<!-- /scoreboard -->")
 
 
 def write_scoreboard(file: str | Path, folder: str | Path) -> None:
@@ -232,19 +243,9 @@ def write_scoreboard(file: str | Path, folder: str | Path) -> None:
     """
     from dyrate_lib.plotting import markdown_table
 
-    file = Path(file)
-    try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file.name} cannot be read: {error}") from error
-    if [text.count(m) for m in _MARKS] != [1, 1] or text.index(_MARKS[0]) > text.index(_MARKS[1]):
-        raise InputError(f"{file.name} must hold {_MARKS[0]} and, after it, {_MARKS[1]}, each once")
+    marks.read(file, "scoreboard")  # a file without the marks is told before a missing scoreboard
     board = read_scoreboard(folder)
     board["notebook"] = [f"[{n[:2]}](notebooks/{n}.ipynb)" for n in board["notebook"]]
     shown = board[["element", "claim", "notebook", "paper", "ours", "verdict"]]
     shown.columns = ["Figure, table", "Claim", "Notebook", "Paper (LLaVA-1.5)", "Ours (scenes)", "Verdict"]
-    before, rest = text.split(_MARKS[0])
-    _, after = rest.split(_MARKS[1])
-    part = file.with_name(file.name + ".part")
-    part.write_text(f"{before}{_MARKS[0]}\n{markdown_table(shown)}\n{_MARKS[1]}{after}", encoding="utf-8")
-    os.replace(part, file)
+    marks.replace(file, "scoreboard", markdown_table(shown))

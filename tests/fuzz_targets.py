@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dyrate_lib import RatePredictor
+from dyrate_lib import RatePredictor, fetch
 from dyrate_lib.checksums import SUMS, check_sums, tensors_digest
 from dyrate_lib.datasets import open_dataset
 from dyrate_lib.errors import DyRateError
 from dyrate_lib.images import load_image
+from dyrate_lib.lmms.results import paper_tables, read_results
 from dyrate_lib.notebooks import Parameter, code_cells, notebook_parameters
 from dyrate_lib.parts import Parts
 from dyrate_lib.records import checksums, read_record, record_key
@@ -151,9 +152,25 @@ def scoreboard(data: bytes) -> None:
     assert isinstance(allowed(lambda: _State(folder)).done, dict)
 
 
+def archive(data: bytes) -> None:
+    """An archive of checkpoints of these bytes: unpacked, searched and checked; not installed."""
+    with tempfile.TemporaryDirectory(dir=_folder) as scratch:
+        path = _file("a.archive", data)
+        if allowed(lambda: fetch._unpack(path, Path(scratch)) or True):
+            allowed(lambda: fetch._found(Path(scratch)))
+
+
+def lmms_results(data: bytes) -> None:
+    """A results file of lmms-eval of these bytes, and the paper's tables with it."""
+    _file("lmms/m/1_results.json", data)
+    frame = allowed(lambda: read_results(_folder / "lmms"))
+    if frame is not None:
+        assert len(frame) and len(allowed(lambda: paper_tables(frame)))
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
-    for f in (record, predictor, training_state, annotations, picture, notebook, checksum_file, scoreboard)
+    for f in (record, predictor, training_state, annotations, picture, notebook, checksum_file, scoreboard, archive, lmms_results)
 }
 
 
@@ -170,6 +187,8 @@ def seeds(name: str) -> list[bytes]:
             Image.radial_gradient("L").resize((16, 12)).convert("RGB").save(buffer, kind)
             found.append(buffer.getvalue())
         return found
+    if name == "archive":
+        return _archives()
     image = {"id": 1, "file_name": "a.png", "filename": "a.png", "split": "test", "domain": "in-domain"}
     image["sentences"] = [{"raw": "a dog", "sentid": 1}]
     document = {"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
@@ -179,6 +198,7 @@ def seeds(name: str) -> list[bytes]:
         "notebook": [{"cells": [cell]}, 3],
         "record": [{"index": [0], "results": [1], "device": "x", "seconds": 1}],
         "predictor": [{"n_heads": 2, "n_rates": 3, "layer": 2, "model": "m"}],
+        "lmms_results": [_lmms()],
         "training_state": [{"dict": [["a", {"tensor": "00000"}], [0, {"list": [1, None]}]]}],
     }
     plain = {
@@ -189,6 +209,38 @@ def seeds(name: str) -> list[bytes]:
         ],
     }
     return plain.get(name) or [json.dumps(text).encode() for text in texts[name]]
+
+
+def _lmms() -> dict[str, Any]:
+    config = {"model": "dyrate", "model_args": "pretrained=m,method=fastv,layer=2,rate=0.5", "limit": None}
+    scores = {"alias": "a", "coco_CIDEr,none": 1.1, "coco_CIDEr_stderr,none": "N/A"}
+    return {"results": {"coco2017_cap_val": scores}, "config": config, "n-samples": {"coco2017_cap_val": {"effective": 5}}}
+
+
+def _archives() -> list[bytes]:
+    """One small checkpoint as a zip and as tars, packed in each way."""
+    import io
+    import tarfile
+    import zipfile
+
+    from safetensors.numpy import save
+
+    files = {"scenes-small/config.json": b"{}", "scenes-small/model.safetensors": save({})}
+    found = []
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, content in files.items():
+            opened.writestr(name, content)
+    found.append(buffer.getvalue())
+    for kind in ("", "gz", "bz2", "xz"):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode=f"w:{kind}") as opened_tar:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                opened_tar.addfile(member, io.BytesIO(content))
+        found.append(buffer.getvalue())
+    return found
 
 
 if __name__ == "__main__":

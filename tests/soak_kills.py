@@ -74,9 +74,12 @@ def kill_at_random(folder: Path, good: dict[str, str], kills: int, seconds: floa
                 time.sleep(0.005)
             if not whole:
                 os.kill(process, signal.SIGKILL)
-                assert ended(process) == -signal.SIGKILL
-                found["kills"] += 1
-                found["resumed_with"].append(len(list(out.rglob("*.json.gz"))))
+                status = ended(process)
+                whole = status == 0  # on a busy machine it may have come to its end since it was last asked
+                if not whole:
+                    assert status == -signal.SIGKILL, status
+                    found["kills"] += 1
+                    found["resumed_with"].append(len(list(out.rglob("*.json.gz"))))
         found["differ"] += differences(out, good)
         found["studies"] += 1
         shutil.rmtree(out)

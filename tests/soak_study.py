@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyrate_lib import distributed, store
+from dyrate_lib import distributed, jobs, store
 from dyrate_lib.experiments import cells, training_runs
 from dyrate_lib.experiments.context import Study, open_study
 from dyrate_lib.records import canonical, read_record
@@ -62,6 +63,17 @@ def contents(out: str | Path) -> dict[str, bytes]:
         kept = {key: value for key, value in record.items() if key not in ("provenance", "sha256")}
         found[path.relative_to(out).as_posix()] = canonical(kept)
     return found
+
+
+def train_alone(out: str | Path, names: Sequence[str]) -> dict[str, bytes]:
+    """What is in the records of training jobs of the smoke study (train-KEY-TARGET-SEED) when this process does them itself."""
+    for name in names:
+        _, key, target, seed = name.split("-")
+        command = [key, target, seed, "--scale", "smoke", "--out", str(out)]
+        for size in ("small", "base"):
+            command += [f"--model-{size}", TINY]
+        assert jobs.train(command) == 0
+    return contents(out)
 
 
 def log_replies(log: str) -> None:

@@ -321,6 +321,8 @@ def test_says_how_many_samples_fit_before_allocating(model, batch, monkeypatch, 
     engine = eager_engine(model)
     generate(model, batch, method, 30, engine=engine)
     info, n, rows, entries, _, dtype, _ = seen[0]
+    if method.name == "st3":  # which takes over the reference decoder's caches, all of the prompt's rows in every layer
+        assert sum(entries) >= 4 * (rows + 30) + 4 * rows
 
     def need(samples):
         return samples * cache.cache_bytes(info, entries, dtype) + cache.prefill_bytes(info, samples, rows, dtype)
@@ -396,22 +398,48 @@ def test_weights_changed_in_place_are_the_engines_too(batch):
     assert not torch.allclose(ours.logits[:, 0], first.logits[:, 0], atol=1e-2)
 
 
-@pytest.mark.parametrize("what", ["cast", "weight", "module", "hook", "head"])
+CHANGES = {
+    "cast": lambda model, layer: model.double().float(),
+    "weight": lambda model, layer: swap_data(layer.self_attn.o_proj.weight),
+    "parameter": lambda model, layer: swap(layer.mlp.up_proj, "weight", clone(layer.mlp.up_proj.weight)),
+    "bias": lambda model, layer: swap(layer.self_attn.o_proj, "bias", torch.nn.Parameter(torch.ones(32))),
+    "module": lambda model, layer: swap(layer.self_attn, "q_proj", Odd(layer.self_attn.q_proj)),
+    "attention": lambda model, layer: swap(layer, "self_attn", copy.deepcopy(layer.self_attn)),
+    "layer": lambda model, layer: model.model.language_model.layers.__setitem__(2, copy.deepcopy(layer)),
+    "layers": lambda model, layer: swap(model.model.language_model, "layers", copy.deepcopy(model.model.language_model.layers)),
+    "hook": lambda model, layer: layer.mlp.register_forward_hook(lambda *args: None),
+    "head": lambda model, layer: swap(model, "lm_head", torch.nn.Linear(32, 200, bias=False)),
+    "embeddings": lambda model, layer: model.set_input_embeddings(torch.nn.Embedding(200, 32)),
+    "embeddings, resized": lambda model, layer: model.resize_token_embeddings(210, mean_resizing=False),
+    "language model": lambda model, layer: swap(model.model, "language_model", copy.deepcopy(model.model.language_model)),
+}
+
+
+def clone(parameter):
+    return torch.nn.Parameter(parameter.detach().clone())
+
+
+def swap_data(parameter):
+    parameter.data = parameter.data.clone()
+
+
+@pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_model_is_noticed(model, what):
     model = copy.deepcopy(model)
     engine, layer = eager_engine(model), model.model.language_model.layers[2]
     assert engine.usable()
-    if what == "cast":
-        model.double().float()
-    elif what == "weight":
-        layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data.clone()
-    elif what == "module":
-        layer.self_attn.q_proj = Odd(layer.self_attn.q_proj)
-    elif what == "hook":
-        layer.mlp.register_forward_hook(lambda *args: None)
-    else:
-        model.lm_head = torch.nn.Linear(32, 200, bias=False)
+    CHANGES[what](model, layer)
     assert not engine.usable()
+
+
+def test_hidden_states_asked_of_the_model_are_no_change(model, batch):
+    """transformers then hooks its layers by itself, for good."""
+    model = copy.deepcopy(model)
+    engine = eager_engine(model)
+    with torch.no_grad():
+        model(**batch, output_hidden_states=True, output_attentions=False)
+    assert engine.usable()
+    engine.release()
 
 
 def test_inference_mode_leaves_no_trace(model, batch):

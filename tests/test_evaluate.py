@@ -19,7 +19,8 @@ from dyrate_lib import (
     prepare_inputs,
 )
 from dyrate_lib.datasets import open_dataset
-from dyrate_lib.evaluate import batches, clear_cache, describe, pictures, predict, predictor_hash
+from dyrate_lib.evaluate import batches, clear_cache, describe, features, pictures, predict, predictor_hash
+from dyrate_lib.models import FEATURES, Adapter
 from dyrate_lib.scenes.tokenizer import build_processor
 
 
@@ -60,6 +61,49 @@ def test_pictures_are_made_once(tiny, questions, monkeypatch):
     # the same scenes under another prompt are the same pictures
     assert torch.equal(pictures(tiny[1], open_dataset("scenes:late:test", 2), [0, 1]), first)
     clear_cache()
+
+
+def test_the_tower_runs_once_for_a_batch_under_several_methods(tiny, questions, monkeypatch):
+    model, processor = tiny
+    clear_cache()
+    passes, stock = [], Adapter.picture_features
+
+    def counted(self, inputs, dtype):
+        passes.append(inputs["pixel_values"].shape[0])
+        return stock(self, inputs, dtype)
+
+    monkeypatch.setattr(Adapter, "picture_features", counted)
+    methods = (None, FastV(2, 0.5), FastV(3, 0.25))
+    once = [predict(model, processor, questions, m, max_new_tokens=3, batch_size=4, progress=False) for m in methods]
+    assert passes == [4, 2]
+    monkeypatch.setattr("dyrate_lib.evaluate.features", lambda *_: None)
+    assert once == [predict(model, processor, questions, m, max_new_tokens=3, batch_size=4, progress=False) for m in methods]
+    assert passes == [4, 2] * 4
+
+
+def test_kept_features_are_those_of_the_weights_and_the_batch(tiny, questions, monkeypatch):
+    model, processor = tiny
+    clear_cache()
+    (some, inputs), *_ = batches(model, processor, questions, [0, 1, 2], 3)
+    first = features(model, processor, questions, some, inputs)
+    assert features(model, processor, questions, some, inputs) is first
+    assert torch.equal(first, Adapter(model).joined_features(inputs, torch.float32))
+    assert features(model, processor, questions, [1, 0, 2], inputs) is not first
+    bias = model.model.multi_modal_projector.linear_2.bias
+    with torch.no_grad():
+        bias.add_(1.0)
+    try:
+        torch.testing.assert_close(features(model, processor, questions, some, inputs), first + 1, atol=1e-5, rtol=0)
+    finally:
+        with torch.no_grad():
+            bias.sub_(1.0)
+    monkeypatch.setattr("dyrate_lib.evaluate.FEATURE_BYTES", first.nbytes)
+    features(model, processor, questions, some, inputs)
+    features(model, processor, questions, [1, 0, 2], inputs)  # room for one batch: the other goes
+    again = features(model, processor, questions, some, inputs)
+    torch.testing.assert_close(again, first, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="image tokens"):
+        generate(model, {**inputs, FEATURES: first[1:]}, max_new_tokens=1, engine="reference")
 
 
 def test_a_full_cache_is_no_error(tiny, questions, monkeypatch):

@@ -233,3 +233,22 @@ def test_every_notebook_with_records_has_its_module():
     for module in MODULES.values():
         found = importlib.import_module(f"dyrate_lib.experiments.{module}")
         assert callable(found.compute) and callable(found.quantities)
+
+
+def test_java_starts_once_for_all_replies_that_are_known(tmp_path, monkeypatch):
+    from dyrate_lib import metrics
+
+    starts = []
+    monkeypatch.setattr(metrics, "_run_tokeniser", lambda lines: starts.append(lines) or [x.lower() for x in lines])
+    monkeypatch.setattr(metrics, "_tokenised", metrics.OrderedDict())
+    study = open_study("03_benchmarks", out=str(tmp_path), **TINY)
+    ids = [item.id for item in study.dataset("coco", 2)]
+    records = [{"payload": [{"id": name, "text": f"{word} {name} of its own"} for name in ids]} for word in ("one", "another")]
+    for number, record in enumerate(records):
+        study._once(["captions", number], lambda record=record: record)
+    found = [study.scores(record, "coco") for record in records]
+    assert len(starts) == 1 and "another" in " ".join(starts[0])
+    for record, score in zip(records, found, strict=True):
+        said = {entry["id"]: entry["text"] for entry in record["payload"]}
+        assert score.per_image_cider.shape == (2,)
+        assert score.bleu4 == metrics.caption_scores(said, study.dataset("coco", 2).references()).bleu4

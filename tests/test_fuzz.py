@@ -123,6 +123,8 @@ def test_odd_documents_of_every_kind(name):
             {"cells": [{"cell_type": "code", "source": ["a = ("], "metadata": {"tags": ["parameters"]}}]}
         ).encode(),
         b'{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}}]}',
+        b'{"cells": [{"cell_type": "code", "source": "", "metadata": {"tags": true}}]}',
+        b'{"cells": [{"cell_type": "code", "source": "", "metadata": {"tags": "parameters"}}]}',
         b'{"cells": [1]}',
         b'{"cells": {"a": 1}}',
     ):

@@ -140,6 +140,35 @@ def test_generation_kwargs():
         read_decoding({"num_beams": 2, "do_sample": True}, 3)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": "hot"}, {"temperature": "hot", "do_sample": True}, {"temperature": "0.7", "do_sample": True},
+        {"temperature": True}, {"temperature": [0.7]}, {"temperature": float("nan")}, {"temperature": -1.0, "do_sample": True},
+        {"top_p": "most"}, {"top_p": 0.0, "do_sample": True}, {"top_p": 1.5, "do_sample": True},
+        {"max_new_tokens": float("inf")}, {"max_new_tokens": "16"}, {"top_k": float("nan"), "do_sample": True},
+    ],
+)  # fmt: skip
+def test_settings_of_sampling_that_are_no_numbers_or_out_of_range(given):
+    with pytest.raises(InputError, match=f"generation_kwargs: .*{next(iter(given))}="):
+        read_decoding(given, 5)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["temperature", "top_p", "top_k", "max_new_tokens", "num_beams", "do_sample"]),
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2)),
+    )
+)
+def test_any_settings_give_a_decoding_or_our_error(given):
+    try:
+        made = read_decoding(given, 5)
+    except InputError:
+        return
+    assert made.max_new_tokens >= 1 and made.num_beams >= 1 and made.temperature > 0 and 0 < made.top_p <= 1
+    assert made.do_sample == bool(given.get("do_sample") and given.get("temperature") != 0)
+
+
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_a_reply_ends_at_its_first_stop_string(text, until):
     found = cut(text, until)

@@ -335,6 +335,8 @@ def test_bad_commands_are_refused(tmp_path, capsys):
         (["--model", "x"], "--model is dyrate here"),
         (["--trust_remote_code"], "would run code"),
         (["--tasks", "gqa_local"], "gqa_local needs --data FOLDER"),
+        (["--tasks", "pope,dyrate_paper_local"], "the group dyrate_paper_local needs --data FOLDER"),
+        (["--tasks=vqa_local"], "there is no task vqa_local"),
         (["--data", str(tmp_path / "none")], "there is no folder"),
     ):
         assert main(["eval", *arguments]) == 2

@@ -240,46 +240,10 @@ def test_two_local_jobs_make_the_records_of_one_process(tmp_path, capfd):
     capfd.readouterr()
     jobs.reproduce("2", "smoke", tmp_path / "jobs", model=soak_study.TINY, only=both)  # nothing is done twice
     assert "Nothing to be done" in "".join(capfd.readouterr())
-    for name in both:
-        _, key, target, seed = name.split("-")
-        command = [key, target, seed, "--scale", "smoke", "--out", str(tmp_path / "alone")]
-        for size in ("small", "base"):
-            command += [f"--model-{size}", soak_study.TINY]
-        assert jobs.train(command) == 0
-    assert soak_study.contents(tmp_path / "jobs") == soak_study.contents(tmp_path / "alone")
+    alone = soak_study.train_alone(tmp_path / "alone", both)
+    assert len(alone) == 2 and soak_study.contents(tmp_path / "jobs") == alone
     with pytest.raises(jobs.JobsFailed, match="train-small-0.5-0"):
         broken = tmp_path / "broken"
         broken.mkdir()
         (broken / "records_fresh").write_text("no folder")
         jobs.reproduce("2", "smoke", broken, model=soak_study.TINY, only=both[:1])
-
-
-SBATCH = """#!/bin/bash
-echo "$@" >> "$CLUSTER/submitted"
-for word in "$@"; do case "$word" in --wrap=*) command="${word#--wrap=}";; esac; done
-( bash -c "$command" > "$CLUSTER/out" 2>&1 && state=COMPLETED || state=FAILED
-  echo "1000|$state" > "$CLUSTER/state" ) > /dev/null 2>&1 &
-echo 1000
-"""
-CLUSTER = {
-    "sbatch": SBATCH,
-    "srun": '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n',
-    "sacct": '#!/bin/bash\ncat "$CLUSTER/state" 2> /dev/null || true\n',
-    **{name: "#!/bin/bash\nexit 0\n" for name in ("squeue", "sinfo", "scontrol", "scancel", "sacctmgr")},
-}
-
-
-@pytest.mark.slow
-def test_a_job_goes_through_slurm_and_back(tmp_path, monkeypatch):
-    """Against stand-ins for SLURM's commands that run what is submitted here: the executor's own submission and polling."""
-    pytest.importorskip("snakemake_executor_plugin_slurm")
-    for name, text in CLUSTER.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("CLUSTER", str(tmp_path))
-    jobs.reproduce("slurm", "smoke", tmp_path / "s", model=soak_study.TINY, only=["train-small-0.5-0"])
-    asked = (tmp_path / "submitted").read_text()
-    assert "--gpus=1" in asked and f"-t {jobs.MINUTES} --mem {jobs.MEMORY}" in asked
-    record = next((tmp_path / "s").rglob("training/*.json.gz"))
-    assert read_record(record)["config"]["target"] == 0.5

@@ -169,6 +169,24 @@ def test_checksums_come_along(home, tmp_path):
     assert (home / "scenes-small" / "SHA256SUMS").read_text() == (place / "SHA256SUMS").read_text()
 
 
+@pytest.mark.parametrize("form", ["zip", "gztar"])
+def test_an_archive_that_would_fill_the_disk_is_refused_unopened(home, tmp_path, monkeypatch, form):
+    place = fake(tmp_path / "project" / "data" / "checkpoints")
+    (place / "zeros.json").write_bytes(bytes(3_000_000))
+    bomb = Path(shutil.make_archive(str(tmp_path / "all"), form, tmp_path, "project"))
+    assert bomb.stat().st_size < 20_000
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    for limit, value in (("LARGEST", 2_000_000), ("MOST", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dyrate_lib.fetch.{limit}", value)
+            patch.setattr("zipfile.ZipFile.extractall", lambda *_: pytest.fail("unpacked"))
+            patch.setattr("tarfile.TarFile.extractall", lambda *_, **__: pytest.fail("unpacked"))
+            with pytest.raises(InputError, match="would unpack to more"):
+                fetch(bomb)
+    assert not home.exists() and fetch(bomb) == [home / "scenes-small"]
+
+
 @pytest.mark.parametrize("form", ["zip", "tar"])
 def test_an_archive_cannot_write_outside(home, tmp_path, monkeypatch, form):
     evil = tmp_path / f"evil.{form}"

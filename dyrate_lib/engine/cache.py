@@ -47,6 +47,7 @@ class Arena:
         self._block: Tensor | None = None
         self._idle = 0
         self._carved: tuple[list[tuple[int, ...]], list[Tensor]] = ([], [])  # the latest: making 60 views takes 0.2 ms
+        self._total = 0  # elements of those
 
     def room(self) -> int:
         """Elements of the block."""
@@ -54,29 +55,32 @@ class Arena:
 
     def holds(self, shapes: Sequence[tuple[int, ...]]) -> bool:
         """Whether the block is large enough for these shapes, so that no memory need be found (asking for it takes 1 ms)."""
-        return sum(math.prod(shape) for shape in shapes) <= self.room()
+        return shapes == self._carved[0] or sum(math.prod(shape) for shape in shapes) <= self.room()
 
     def carve(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Buffers of these shapes, side by side; what is in them is undefined."""
-        sizes = [math.prod(shape) for shape in shapes]
-        self._idle = self._idle + 1 if 2 * sum(sizes) < self.room() else 0
-        if self._block is None or sum(sizes) > self.room() or self._idle > PATIENCE:
+        same = shapes == self._carved[0]
+        sizes = [] if same else [math.prod(shape) for shape in shapes]
+        total = self._total if same else sum(sizes)
+        self._idle = self._idle + 1 if 2 * total < self.room() else 0
+        if self._block is None or total > self.room() or self._idle > PATIENCE:
             self.free()  # first
-            self._block = torch.empty(sum(sizes), device=self.device, dtype=self.dtype)
-            self._idle = 0
-        if self._carved[0] == shapes:
+            self._block = torch.empty(total, device=self.device, dtype=self.dtype)
+            self._idle, same = 0, False
+            sizes = sizes or [math.prod(shape) for shape in shapes]
+        if same:
             return self._carved[1]
         parts, at = [], 0
         for shape, size in zip(shapes, sizes, strict=True):
             parts.append(self._block[at : at + size].view(shape))
             at += size
-        self._carved = (list(shapes), parts)
+        self._carved, self._total = (list(shapes), parts), total
         return parts
 
     def free(self) -> None:
         """Give the memory back."""
         self.moving()
-        self._block, self._carved = None, ([], [])
+        self._block, self._carved, self._total = None, ([], []), 0
         self.made += 1
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..request import Sampling
 from .cache import rounded
-from .state import State, send
+from .state import MOST_ENDS, State, send
 
 SAID = 64  # ids that a penalty looks at are kept in rows of a whole number of these, so that near lengths share a graph
 
@@ -46,10 +46,10 @@ class Choice:
 
     def load(self, state: State) -> None:
         """Put what the choice reads on the device."""
-        state.ends.fill_(-1)
-        if self.ends:
-            send(state.ends[: len(self.ends)], torch.tensor(self.ends))
-        state.pad.fill_(self.pad)
+        if state.ends_of != (self.ends, self.pad):  # else they are there from the batch before
+            send(state.ends, torch.tensor(self.ends + [-1] * (MOST_ENDS - len(self.ends))))
+            send(state.pad, torch.tensor([self.pad]))
+            state.ends_of = (list(self.ends), self.pad)
         if self.forced is not None:
             state.forced[:, : self.forced.shape[1]].copy_(self.forced)
         if self.penalised:

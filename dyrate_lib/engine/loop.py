@@ -18,7 +18,7 @@ from ..request import Request
 from .batch import elaborate, take_in
 from .choice import Choice
 from .policy import check_method
-from .state import MOST_ENDS
+from .state import MOST_ENDS, sent
 
 if TYPE_CHECKING:
     from .runner import Engine, Run
@@ -50,10 +50,11 @@ def _run(engine: Engine, request: Request) -> GenerationOutput:
     if elaborate(engine.adapter, method, request.copies):  # else the host lays the batch out
         inputs = {key: value.to(engine.device) for key, value in inputs.items()}
     columns = engine.columns(*inputs["input_ids"].shape)
-    # before `take_in` queues the vision tower: a copy from ordinary memory makes the host wait for all that is queued
-    ids = inputs["input_ids"].to(engine.device).repeat_interleave(request.copies, dim=0)
-    forced = None if request.forced is None else request.forced.to(engine.device)
+    # first of all the vision tower: what the host does from here on is done while the device is at work
     batch = take_in(engine.adapter, method, inputs, engine.see, request.copies, columns)
+    ids = inputs["input_ids"]
+    ids = sent(ids if request.copies == 1 else ids.repeat_interleave(request.copies, dim=0), engine.device)
+    forced = None if request.forced is None else sent(request.forced, engine.device)
     choice = Choice(engine.device, ids, request.ends, engine.adapter.pad_token_id, request.sampling, forced)
     engine.mark("intake")
     current = engine.start(method, request.layer, batch, request.steps, choice)
@@ -108,5 +109,5 @@ def trace(current: Run | StagedRun, prompt: Prompt, valid: Tensor, layer: int) -
         n_image=(state.n_image if prompt.full_n_image is None else prompt.full_n_image).clone(),
         prompt_length=(state.lengths if prompt.full_length is None else prompt.full_length).clone(),
         reads=None if state.seen_reads is None else list(state.seen_reads[:steps].clone()),
-        vision_flops=None if prompt.vision_flops is None else prompt.vision_flops.to(kept.device),
+        vision_flops=None if prompt.vision_flops is None else sent(prompt.vision_flops, kept.device),
     )  # fmt: skip

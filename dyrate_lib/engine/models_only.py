@@ -17,7 +17,7 @@ def weights_of(size: str, layers: int | None = None) -> Weights:
 
     heads = (info.n_heads + 2 * info.n_kv_heads) * info.head_dim
     made = Weights.__new__(Weights)
-    made._fused, made._modules, made._parameters = [], [], []
+    made._fused, made._watch = [], None
     made.layers = [
         LayerWeights(
             qkv=random(heads, info.hidden), qkv_bias=None, o=random(info.hidden, info.n_heads * info.head_dim), o_bias=None,

@@ -15,6 +15,9 @@ class TorchOps:
     name = "torch"
     rms_norm = staticmethod(twins.rms_norm)
     swiglu = staticmethod(twins.swiglu)
+    layer_norm = staticmethod(twins.layer_norm)
+    add_layer_norm = staticmethod(twins.add_layer_norm)
+    quick_gelu = staticmethod(twins.quick_gelu)
     rope_store = staticmethod(twins.rope_store)
     decode_attention = staticmethod(twins.decode_attention)
     advance = staticmethod(step.advance)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, Unsupported
-from ..methods.base import Method, PrefillView, StepView
+from ..methods.base import Method, imagined_counts
 from ..methods.before import BeforeLLM
 from ..methods.dyrate import DyRate
 from ..methods.schedule import RatePath
@@ -133,23 +133,9 @@ def _course(method: Method, n_image: Tensor, steps: int, n_heads: int) -> Tensor
     """
     if type(method).prefill is RatePath.prefill and type(method).step is RatePath.step:
         return _rate_course(method, n_image, steps)  # type: ignore[arg-type]
-    counts, found = n_image.cpu(), []
     probe = copy.deepcopy(method)
-    probe.prepare(10**6, n_heads, counts.device)
-    for seed in (0, 1):
-        random = torch.Generator().manual_seed(seed)
-        now, rows = counts, []
-        for step in range(steps):
-            shares = torch.rand(len(counts), n_heads, 4, generator=random)
-            if step:
-                wanted = probe.step(StepView(step, shares, now, counts)).clamp(min=0)
-                now = torch.minimum(wanted, counts if method.reversible else now)
-            else:
-                scores = torch.rand(len(counts), int(counts.max()), generator=random)
-                keys = torch.full_like(counts, seed)
-                now = probe.prefill(PrefillView(scores, shares, counts, keys)).clamp(min=0)
-            rows.append(now)
-        found.append(torch.stack(rows))
+    probe.prepare(10**6, n_heads, torch.device("cpu"))
+    found = [imagined_counts(probe, n_image.cpu(), steps, n_heads, seed) for seed in (0, 1)]
     if not torch.equal(*found):
         raise Unsupported(
             f"The graph engine does not run {type(method).__name__}: how many tokens stay depends on what it sees, by a rule "

@@ -141,6 +141,7 @@ def head(state: State, ops: TorchOps, adapter: Adapter, weights: Weights, n_head
         decide(state, torch.arange(plan.images, device=x.device).expand(plan.batch, -1))
     elif plan.ranked:
         decide(state, masks.rank_tokens(image_scores(state)))
+        needs(state)
 
 
 def decide(state: State, ranking: Tensor) -> None:
@@ -161,6 +162,21 @@ def decide(state: State, ranking: Tensor) -> None:
         if plan.by_rank == "step":
             state.slot_of.copy_(torch.zeros_like(ranking).scatter(1, ranking, places))
             state.index[:, :n].copy_(places)
+
+
+def needs(state: State) -> None:
+    """To state.need, of every layer from P on: the most image tokens that a sample has in it, the most rows, and whether it gets
+    other tokens than the layer before (0 or 1)."""
+    plan = state.plan
+    carried = state.n_image.expand(plan.n_layers, -1) if plan.reversible else state.kept.long()
+    if plan.capped:
+        state.need[0].copy_(carried.amax(-1)[plan.layer :])
+        state.need[1].copy_((carried + state.text).amax(-1)[plan.layer :])
+        state.need[2].copy_((carried != carried.roll(1, 0)).any(-1)[plan.layer :])
+    else:  # one count for all these layers
+        state.need[0].copy_(carried[plan.layer].amax())
+        state.need[1].copy_((carried[plan.layer] + state.text).amax())
+        state.need[2].zero_()
 
 
 def wanted(state: State, course: Tensor | None) -> Tensor:

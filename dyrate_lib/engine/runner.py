@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -22,13 +23,14 @@ from .policy import rule_of
 from .staged import Held, StagedRun
 from .state import Plan, State
 from .step import decode_step
+from .tails import CAPTURED_ROWS, Tail, Tails
+from .tower import Tower
 from .weights import Weights
 
 PLANS = 12  # buffers kept with their graphs: the latest ones
 GRAPHS = 24  # graphs kept of each part of a plan: one for each number of tokens kept at the prompt's pass
-CAPTURED_ROWS = 8192  # a prompt's pass over more rows keeps the device busy without a graph
 CAPTURED_PICTURES = 16
-COLUMNS, ROWS = 32, 16  # where graphs are held, prompts and what is kept of them are padded to whole numbers of these
+COLUMNS = 32  # where graphs are held, prompts are padded to a whole number of these
 
 
 class Engine:
@@ -51,7 +53,9 @@ class Engine:
         self.plans: OrderedDict[Plan, Run] = OrderedDict()
         self.held: OrderedDict[tuple, Held] = OrderedDict()
         self.eyes: dict[torch.Size, Eye] = {}
+        self.tower: Any = None  # a Tower, once there are pictures
         self.pool: Any = None
+        self.graphs: WeakSet[Replayable] = WeakSet()  # those that hold a graph
         self.mark: Callable[[str], None] = lambda what: None  # told when a part of a run has been queued
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -66,16 +70,33 @@ class Engine:
         """Give back caches and graphs, and the model's parameters storage of their own."""
         self.reset()
         self.weights.release()
+        if self.tower is not None:
+            self.tower.release()
+            self.tower = None
 
     def columns(self, batch: int, longest: int) -> int:
         """What the columns of `batch` prompts of up to `longest` tokens are made a whole number of."""
         return COLUMNS if self.buckets and batch * longest <= CAPTURED_ROWS else 1
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pictures [P, 3, h, w] through vision tower and projector, queued at once: [tokens of all, D]."""
-        if not self.capture or pixels.shape[0] > CAPTURED_PICTURES:
-            found = self.adapter.picture_features({"pixel_values": pixels.to(self.device)}, self.dtype)
-            return torch.cat(list(found), dim=0)
+        """Pictures [P, 3, h, w] through vision tower and projector, queued at once: [tokens of all, D].
+
+        What changed in the tower since the last call is noticed: it is looked for while the device is at work already, and
+        where there is something the pictures are seen again.
+        """
+        if self.tower is None:
+            self.tower = Tower(self.adapter, self.device, self.dtype)
+        features = self._see(pixels)
+        if not self.tower.intact():
+            self.eyes.clear()
+            self.tower.release()
+            self.tower = Tower(self.adapter, self.device, self.dtype)
+            features = self._see(pixels)
+        return features
+
+    def _see(self, pixels: torch.Tensor) -> torch.Tensor:
+        if not self.capture or pixels.shape[0] > CAPTURED_PICTURES or self.tower.hooked:
+            return self.tower.features(pixels.to(self.device), self.ops)
         if pixels.shape not in self.eyes:
             self.eyes[pixels.shape] = Eye(self, pixels.shape)
         return self.eyes[pixels.shape](pixels)
@@ -186,6 +207,8 @@ class Run:
         self.engine, self.state, self.plan = engine, state, state.plan
         self.generator: torch.Generator | None = None
         self._parts: dict[str, OrderedDict[tuple, Replayable]] = {}
+        self.tails = Tails(state.plan, engine.info, engine.buckets)
+        self.tail_key: object = None  # of the caches from P on, as the decode graph knows them
 
     def begin(self, method: Method, batch: Batch, choice: Choice) -> None:
         """Note whose batch is loaded. The generator is the run's own, seeded as the choice's: graphs know it."""
@@ -211,14 +234,14 @@ class Run:
             return
         if not plan.ranked:
             prefill.decide(state, self._own_order())
-        rows, cuts = self._make_tail()
+            prefill.needs(state)
+        tail = self._make_tail()
 
         def second() -> None:
-            prefill.tail(state, engine.ops, engine.weights, engine.info.n_heads, rows, cuts)
+            prefill.tail(state, engine.ops, engine.weights, engine.info.n_heads, tail.rows, tail.cuts)
             engine.ops.emit(state, self.choice(state), False)
 
-        key = (tuple(state.shapes), tuple(rows), tuple(cuts))
-        self._do("tail", (engine.tail.made,), key, second, plan.batch * max(rows) <= CAPTURED_ROWS, self.generator)
+        self._do("tail", (engine.tail.made,), (tail,), second, tail.small, self.generator)
 
     def decode(self) -> None:
         """One more token for every sample."""
@@ -228,7 +251,7 @@ class Run:
             decode_step(state, engine.ops, engine.weights, engine.info.n_heads, self.choice)
 
         made = (engine.low.made, engine.tail.made if self.plan.prunes else 0)
-        self._do("decode", made, tuple(state.shapes), work, True, self.generator)
+        self._do("decode", made, (self.tail_key if self.plan.prunes else None,), work, True, self.generator)
 
     def by_layer(self, steps: int) -> torch.Tensor:
         """[B, steps, L] int64: image tokens read at each layer in each pass; in pass 0 what the prompt's pass carried."""
@@ -252,28 +275,19 @@ class Run:
         late = torch.gather(~present, 1, order).long()
         return torch.gather(order, 1, torch.argsort(late, dim=-1, stable=True))
 
-    def _make_tail(self) -> tuple[list[int], list[bool]]:
-        """Buffers of the layers from P on, now that the counts are known: the one time that the host waits.
-
-        Returns for each of these layers the longest sequence that it gets, and whether it gets fewer tokens than the one before.
-        """
-        engine, state, plan = self.engine, self.state, self.plan
-        carried = state.n_image.expand(plan.n_layers, -1) if plan.reversible else state.kept.long()
-        fewer = (carried != carried.roll(1, 0)).any(-1) if plan.capped else torch.zeros_like(carried[:, 0])
-        most = torch.stack((carried.amax(-1), (carried + state.text).amax(-1), fewer))[:, plan.layer :].tolist()
-        if engine.buckets:  # what stands between a sample's count and the text is not read
-            most[0] = [rounded(n, ROWS) for n in most[0]]
-        shapes = [LayerShape(n, rounded(n + self.batch.longest_text + plan.passes)) for n in most[0]]
-        entries = [shape.entries for shape in shapes]
-        sizes = [(plan.batch, engine.info.n_kv_heads, n, engine.info.head_dim) for n in entries for _ in "kv"]
-        if not engine.tail.holds(sizes):
-            engine.make_room(plan.batch, max(most[1]), entries, (engine.tail,), plan)
-        buffers = engine.tail.carve(sizes)
-        state.shapes = shapes
+    def _make_tail(self) -> Tail:
+        """Buffers of the layers from P on, now that the counts are known: the one time that the host waits."""
+        engine, state = self.engine, self.state
+        most = state.need.tolist()
+        tail = self.tails.of(most, self.batch.longest_text)
+        if not engine.tail.holds(tail.sizes):
+            entries = [shape.entries for shape in tail.shapes]
+            engine.make_room(self.plan.batch, max(most[1]), entries, (engine.tail,), self.plan)
+        buffers = engine.tail.carve(tail.sizes)
+        state.shapes = tail.shapes
         state.tail = list(zip(buffers[::2], buffers[1::2], strict=True))
-        small = engine.buckets and plan.batch * max(most[1]) <= CAPTURED_ROWS
-        rows = [min(rounded(n, ROWS), plan.columns) for n in most[1]] if small else most[1]
-        return rows, [True, *map(bool, most[2][1:])]
+        self.tail_key = tail.layout
+        return tail
 
     def _do(
         self, part: str, made: tuple, shape: tuple, work: Callable[[], None], worth: bool, generator: Any = None

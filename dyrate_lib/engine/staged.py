@@ -42,7 +42,8 @@ class StagedRun:
             moves=method.anneals, table=False, capped=False, n_rates=0, by_rank=f"staged {cuts}",
             reversible=False, choice=choice.key,
         )  # fmt: skip
-        entries = [rounded(t + self.plan.passes)] * info.n_layers
+        # the reference decoder's caches are still there when ours are filled from them
+        entries = [rounded(t + self.plan.passes)] * info.n_layers + [t] * info.n_layers
         engine.make_room(b, t, entries, (engine.tail,), self.plan)
 
     def prefill(self) -> None:

@@ -21,8 +21,15 @@ MOST_ENDS = 64  # end-of-sequence tokens that the loop can watch for
 def send(buffer: Tensor, values: Tensor) -> None:
     """Copy values to a buffer on the device without waiting: from ordinary memory the host would wait for all that is queued."""
     if buffer.is_cuda and not values.is_cuda:
-        values = values.contiguous().pin_memory()  # an expanded tensor cannot be pinned
+        values = values.to(buffer.dtype).contiguous().pin_memory()  # an expanded tensor cannot be pinned
     buffer.copy_(values, non_blocking=True)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values on the device, as `send` brings them there."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,9 @@ class State:
     The prompt: `packed` and its parts as in `Batch`; embeds [B, T, D], which become the hidden rows after layer P - 1; features
     [places, D] of the vision tower; cos, sin [B, T, d]. Lengths: `length` and `text` [B] int32, entries filled in the text
     segment below P and from P on; `now` [B] int64, image tokens read; `kept` [L, B] int32, the same by layer, 0 below P, where
-    images stand among the text. The loop: token [B], step [1], alive [B], logits [B, V], cos_step and sin_step
-    [B, passes, d], row t of which is the position of pass t. The trace: row t of every `seen_` buffer is pass t.
+    images stand among the text; `need` [3, L - P] int64, what the host must know to lay out the tail (see `prefill.needs`). The
+    loop: token [B], step [1], alive [B], logits [B, V], cos_step and sin_step [B, passes, d], row t of which is the position of
+    pass t. The trace: row t of every `seen_` buffer is pass t.
     """
 
     ids: Tensor
@@ -102,6 +110,7 @@ class State:
     reads: Any
     forced: Any
     said: Any
+    need: Any
     seen_reads: Any
 
     def __init__(self, plan: Plan, info: ModelInfo, device: torch.device, dtype: torch.dtype, low_entries: int) -> None:
@@ -145,6 +154,8 @@ class State:
         self.logits = made(b, info.vocab, kind=dtype)
         self.cos_step, self.sin_step = made(b, passes, d, kind=dtype), made(b, passes, d, kind=dtype)
         self.ends, self.pad = made(MOST_ENDS), made(1)
+        self.ends_of: tuple[list[int], int] | None = None  # what they hold, as the host knows
+        self.need = made(3, layers - plan.layer) if plan.prunes else None
         self.forced = made(b, passes) if plan.choice[0] == "forced" else None
         self.said = None  # [B, prompt (padded in front) + passes] ids, where the choice asks for them
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import attention_kernel, bookkeeping_kernel, small_kernels, step
+from . import attention_kernel, bookkeeping_kernel, small_kernels, step, tower_kernels
 from .ops import TorchOps
 from .skinny_kernel import MOST_ROWS, Config, skinny
 from .state import State
@@ -25,6 +27,18 @@ DEFAULT: dict[tuple[int, str], Config] = {
     (16, "down"): Config(32, 256, 4, 4),
     (64, "down"): Config(32, 256, 4, 4),
 }
+LT_ROWS = (MOST_ROWS + 1, 320)  # from, to: where cuBLASLt finds faster ways than cuBLAS; on an H200, at LLaVA-1.5-7B's sizes
+
+
+@contextmanager
+def blas_library(name: str) -> Iterator[None]:
+    """torch's products by "cublas" or "cublaslt" meanwhile. What is captured keeps what it was captured with."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(name)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 class TritonOps(TorchOps):
@@ -32,12 +46,15 @@ class TritonOps(TorchOps):
 
     early: kernels of a decode step start while the one before ends (see `skinny_kernel`); None does so on Hopper and later.
     It serves products of one row; those of several lose by it.
-    attention: block and warps of the decode attention kernel.
+    attention: block and warps of the decode attention kernel. lt_rows: products of x with so many rows (from, to) are left to
+    cuBLASLt.
     """
 
     name = "triton"
     rms_norm = staticmethod(small_kernels.rms_norm)
     swiglu = staticmethod(small_kernels.swiglu)
+    add_layer_norm = staticmethod(tower_kernels.add_layer_norm)
+    quick_gelu = staticmethod(tower_kernels.quick_gelu)
     rope_store = staticmethod(small_kernels.rope_store)
 
     def __init__(
@@ -45,10 +62,12 @@ class TritonOps(TorchOps):
         table: dict[tuple[int, str], Config] | None = None,
         early: bool | None = None,
         attention: dict[str, int] | None = None,
+        lt_rows: tuple[int, int] = LT_ROWS,
     ) -> None:
         if early is None:
             early = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
         self.table, self.early = dict(DEFAULT if table is None else table), early
+        self.lt_rows = lt_rows
         self.attention: dict[str, Any] = {"early": self.early, **(attention or {})}
 
     def decode_attention(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -69,6 +88,21 @@ class TritonOps(TorchOps):
             return None
         fits = [limit for limit, name in self.table if name == kind and limit >= rows and (limit == 1) == (rows == 1)]
         return self.table[min(fits), kind] if fits else None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self._by_lt(x):
+            return super().linear(x, weight, bias)
+        with blas_library("cublaslt"):
+            return super().linear(x, weight, bias)
+
+    def add_linear(self, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self._by_lt(x):
+            return super().add_linear(x, a, weight, bias)
+        with blas_library("cublaslt"):
+            return super().add_linear(x, a, weight, bias)
+
+    def _by_lt(self, x: Tensor) -> bool:
+        return x.is_cuda and self.lt_rows[0] <= x.shape[0] <= self.lt_rows[1]
 
     def norm_qkv(self, x: Tensor, w: LayerWeights) -> Tensor:
         config = self.config(x.shape[0], "qkv")

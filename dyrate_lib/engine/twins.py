@@ -26,6 +26,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [M, C] to [M, C]; mean and variance in float32 (or wider)."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta [M, C], rounded to their type, and its LayerNorm [M, C]. May write to x."""
+    total = x + delta
+    return total, layer_norm(total, weight, bias, eps)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x) of [M, W], rounded once. May write to x."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [.., d] by cos and sin [.., d]."""
     half = x.shape[-1] // 2

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..models import Adapter
+from .watch import Place, Watch, fuse, hooked, part_again
 
 ROTARY = ("default", "linear", "llama3", "mrope")  # whose angles do not depend on how long the sequence has become
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -50,6 +51,7 @@ class Weights:
     def __init__(self, adapter: Adapter) -> None:
         check_model(adapter)
         self._fused: list[nn.Parameter] = []
+        self._watch: Watch | None = None
         self.layers: list[LayerWeights] = []
         for number, layer in enumerate(adapter.layers):
             self.layers.append(self._layer(layer))
@@ -57,31 +59,17 @@ class Weights:
                 torch.cuda.empty_cache()  # the old pieces fit no fused matrix
         self.norm, self.eps = adapter.norm.weight, float(adapter.norm.variance_epsilon)
         self.head = adapter.model.lm_head.weight
-        self.embedding = adapter.core.get_input_embeddings().weight
-        self._modules = [(parent._modules, name, module) for parent, name, module in parts_of(adapter)]
-        self._parameters = [
-            (parameter, parameter.data_ptr())
-            for _, _, module in self._modules
-            for parameter in module.parameters(recurse=False)
-        ]
+        self.embedding = adapter.language_model.embed_tokens.weight
+        self._watch = Watch(parts_of(adapter), holders_of(adapter))
 
     def intact(self) -> bool:
         """Whether the model still is what was fused: not moved, cast, given other weights or modules, or hooked since."""
-        for siblings, name, module in self._modules:  # plain loops: every call of `generate` asks
-            if siblings.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
-                return False
-        for parameter, address in self._parameters:
-            if parameter.data_ptr() != address:
-                return False
-        return True
+        return self._watch is not None and self._watch.intact()
 
-    @torch.inference_mode(False)
     def release(self) -> None:
         """Give the model's parameters storage of their own again."""
-        for parameter in self._fused:
-            if parameter.untyped_storage().nbytes() > parameter.nbytes:
-                parameter.data = parameter.data.clone()
-        self._fused, self._modules, self._parameters, self.layers = [], [], [], []
+        part_again(self._fused)
+        self._fused, self._watch, self.layers = [], None, []
 
     def _layer(self, layer: Any) -> LayerWeights:
         attention, mlp = layer.self_attn, layer.mlp
@@ -97,27 +85,29 @@ class Weights:
         )  # fmt: skip
 
     def _fuse(self, parts: list[nn.Parameter]) -> Tensor:
-        whole = torch.cat([part.data for part in parts])
-        row = 0
-        for part in parts:
-            part.data = whole[row : row + part.shape[0]]
-            row += part.shape[0]
         self._fused += parts
-        return whole
+        return fuse(parts)
 
 
-def parts_of(adapter: Adapter) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def parts_of(adapter: Adapter) -> Iterator[Place]:
     """The modules whose place the engine takes, each with the module that holds it and its name there."""
     for layer in adapter.layers:
         for parent, names in ((layer, (*NORMS, "mlp")), (layer.self_attn, ATTENTION), (layer.mlp, MLP)):
             for name in names:
                 yield parent, name, getattr(parent, name)
-    yield adapter.language_model, "norm", adapter.norm
-    yield adapter.model, "lm_head", adapter.model.lm_head
+    language = adapter.language_model
+    for parent, name in ((language, "norm"), (language, "embed_tokens"), (language, "rotary_emb"), (adapter.model, "lm_head")):
+        yield parent, name, getattr(parent, name)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def holders_of(adapter: Adapter) -> Iterator[Place]:
+    """The modules that hold those of `parts_of`, and that neither loop calls."""
+    yield adapter.model, "model", adapter.core
+    yield adapter.core, adapter.decoder, adapter.language_model
+    yield adapter.language_model, "layers", adapter.layers
+    for number, layer in enumerate(adapter.layers):
+        yield adapter.layers, str(number), layer
+        yield layer, "self_attn", layer.self_attn
 
 
 def check_model(adapter: Adapter) -> None:
@@ -150,12 +140,11 @@ def _odd_model(adapter: Adapter) -> str | None:
     if not hasattr(adapter.norm, "variance_epsilon"):
         return f"its last norm is a {type(adapter.norm).__name__}"
     parts = [module for _, _, module in parts_of(adapter)]
-    hooked = next((module for module in parts if _hooked(module)), None)
-    if hooked is not None:
-        return f"a {type(hooked).__name__} of it has forward hooks, which would not be called"
-    embedding = adapter.core.get_input_embeddings().weight
+    watched = next((module for module in parts if hooked(module)), None)
+    if watched is not None:
+        return f"a {type(watched).__name__} of it has forward hooks, which would not be called"
     found = {(parameter.device, parameter.dtype) for module in parts for parameter in module.parameters(recurse=False)}
-    if len(found | {(embedding.device, embedding.dtype)}) > 1:
+    if len(found) > 1:
         return "its weights lie on several devices or are of several types"
     return None
 

@@ -118,14 +118,21 @@ class StudyCells:
         dataset = self.dataset(role, len(said))
 
         def fn() -> dict[str, Any]:
-            from ..metrics import caption_scores
+            from ..metrics import caption_scores, ptb_tokenize
 
+            # all replies known so far in one go: to start Java takes as long as thousands of sentences
+            ptb_tokenize([*self._replies(), *(line for lines in dataset.references().values() for line in lines)])
             return _plain_scores(caption_scores(said, dataset.references()))
 
         digest = hashlib.sha256(json.dumps(sorted(said.items())).encode()).hexdigest()
         config = {"predictions": digest, "data": dataset.identity}
         found = self._once(["scores", config], lambda: get_or_run("scores", config, fn, store=self.scores_store))
         return _as_scores(found["payload"])
+
+    def _replies(self) -> list[str]:
+        """The replies of every record of captions that was read."""
+        captions = [record for key, record in self._read.items() if key.startswith('["captions"')]
+        return [entry["text"] for record in captions for entry in record["payload"]]
 
     def reference_scores(self, role: str, n: int | None = None) -> CaptionScores:
         """What one reference scores against the others of its picture (leave one out): the level of human agreement."""

@@ -60,6 +60,7 @@ class Study(StudyCells, StudyOutput):
     store: Store
     scores_store: Store
     progress: bool = True
+    lmms: str = ""
     _models: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict, repr=False)
     _infos: dict[str, ModelInfo] = dataclasses.field(default_factory=dict, repr=False)
     _datasets: dict[tuple, CaptionDataset] = dataclasses.field(default_factory=dict, repr=False)
@@ -264,7 +265,7 @@ def data_specs(data: str) -> dict[str, str]:
 def open_study(
     notebook: str, *, scale: str = "full", records: str = "committed", out: str = "", seed: int = 0,
     model_small: str = "scenes-small", model_base: str = "scenes-base", data: str = "scenes", stage: str = "all",
-    progress: bool = True,
+    lmms: str = "", progress: bool = True,
 ) -> Study:  # fmt: skip
     """Check a notebook's parameters and open its study; nothing is loaded yet.
 
@@ -272,9 +273,10 @@ def open_study(
     missing, except at full scale without a GPU, where missing records are an error; "fresh" reads nothing committed.
     out: folder for figures, tables and new records, "" is build/. stage: "all", or "records" to stop when those are there;
     "records:small" and "records:base" make those of one model only, so that two GPUs share the work in one folder.
+    lmms: a folder of lmms-eval results on the original weights, for notebook 03; "" is none.
 
     Raises:
-        InputError: a value that is none of the known ones, before anything runs.
+        InputError: a value that is none of the known ones, before anything runs. ResourceError: no results in the folder `lmms`.
     """
     # tqdm would say once a session that Jupyter widgets are not installed; its text bars need none
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -286,6 +288,11 @@ def open_study(
         raise InputError(f"seed={seed!r} must be a whole number, 0 or more")
     if data != "scenes":
         data_specs(data)
+    if lmms:
+        from ..lmms.results import read_results
+
+        lmms = str(Path(lmms).expanduser().resolve())
+        read_results(lmms)
     names = {"small": model_small, "base": model_base}
     if not all(isinstance(name, str) and name for name in names.values()):
         raise InputError(f"model_small and model_base must be names or folders of models, got {names}")
@@ -298,7 +305,7 @@ def open_study(
         store = Store.committed(build, frozen=sized.name == "full" and shipped and not _has_gpu())
         scores = Store.committed(build)
     # a notebook over finished records must print the same every time, so only computing anew shows bars
-    return Study(notebook, sized, records, folder, seed, names, data, stage, store, scores, progress and records == "fresh")
+    return Study(notebook, sized, records, folder, seed, names, data, stage, store, scores, progress and records == "fresh", lmms)
 
 
 def _has_gpu() -> bool:

@@ -6,7 +6,7 @@ by two kernels (SDPA, eager) does to the same replies is the measure of how soon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..evaluate import batches
 from ..generation import generate
 from ..loading import load_vlm, quietly
 from ..methods import FastV, Method, NoReduction
+from ..models import Adapter
 from .context import Study
 from .efficiency_cells import Cell, courses, subjects, timed_model
 from .efficiency_clock import engine_for, latency_inputs
@@ -28,10 +29,23 @@ RANDOM_PROMPTS, RANDOM_TOKENS = 8, 32
 BATCH = 50
 
 
-def first_difference(a: Tensor, b: Tensor) -> list[int]:
-    """First column where the rows of two replies [B, n], [B, m] differ; -1 where they do not (the shorter is padded)."""
+def until_end(tokens: Tensor, ends: Sequence[int]) -> Tensor:
+    """Replies [B, n] with -1 behind the first end token: what pads a reply there is the longest of its batch's doing."""
+    found = tokens.cpu().clone()
+    over = torch.isin(found, torch.tensor(list(ends), dtype=found.dtype)).int().cumsum(-1).roll(1, -1).bool()
+    over[:, 0] = False
+    found[over] = -1
+    return found
+
+
+def first_difference(a: Tensor, b: Tensor, ends: Sequence[int] = ()) -> list[int]:
+    """First column where the rows of two replies [B, n], [B, m] differ before both have ended; -1 where they do not.
+
+    ends: end tokens; with none, every token counts (the shorter is padded).
+    """
+    a, b = until_end(a, ends), until_end(b, ends)
     wide = max(a.shape[1], b.shape[1])
-    a, b = (torch.nn.functional.pad(x.cpu(), (0, wide - x.shape[1]), value=-1) for x in (a, b))
+    a, b = (torch.nn.functional.pad(x, (0, wide - x.shape[1]), value=-1) for x in (a, b))
     differ = a != b
     return torch.where(differ.any(-1), differ.long().argmax(-1), -1).tolist()
 
@@ -71,12 +85,12 @@ def compare(
     processor: None for random weights, whose replies never end.
     """
     engine = engine_for(model)
-    ends: list[int] | None = [] if processor is None else None
+    ends = [] if processor is None else list(Adapter(model).eos_token_ids)
     found: dict[str, list[int]] = {}
     for name, method in methods.items():
         ours = generate(model, inputs, method, n, eos_token_id=ends, engine="reference").new_tokens
         fast = generate(model, inputs, method, n, eos_token_id=ends, engine=engine).new_tokens
-        found[f"graph, reference: {name}"] = first_difference(fast, ours)
+        found[f"graph, reference: {name}"] = first_difference(fast, ours, ends)
         if name == "original":
             unpruned = (fast, ours)
     length = inputs["input_ids"].shape[1]
@@ -92,8 +106,8 @@ def compare(
                 stock[kind] = model.generate(**inputs, **options)[:, length:]
     finally:
         model.set_attn_implementation(before)
-    found["stock SDPA, stock eager: original"] = first_difference(stock["sdpa"], stock["eager"])
-    found["graph, stock SDPA: original"] = first_difference(unpruned[0], stock["sdpa"])
-    found["reference, stock SDPA: original"] = first_difference(unpruned[1], stock["sdpa"])
+    found["stock SDPA, stock eager: original"] = first_difference(stock["sdpa"], stock["eager"], ends)
+    found["graph, stock SDPA: original"] = first_difference(unpruned[0], stock["sdpa"], ends)
+    found["reference, stock SDPA: original"] = first_difference(unpruned[1], stock["sdpa"], ends)
     clear(engine, next(model.parameters()).device)
     return found

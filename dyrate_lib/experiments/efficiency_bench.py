@@ -54,15 +54,12 @@ def bench(
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     loops = tuple(loops or (("graph", "reference", "stock") if cuda else ("reference", "stock")))
     _check(batch, pictures, new, repeats, loops, methods, cuda)
-    name = model or ("random:llava-1.5-7b" if cuda else "scenes-small")
+    name = subject(model, device)
     with quietly():
         vlm, processor = load_vlm(name, device="cuda" if cuda else "cpu")
     place, info = next(vlm.parameters()).device, model_info(vlm)
     limits = machine_ceilings(place, 5)
-    if Path(name).name in SCENES:
-        inputs = next(iter(batches(vlm, processor, open_dataset("scenes:narrative:test", batch), None, batch)))[1]
-    else:
-        inputs = latency_inputs(vlm, processor, batch, pictures)
+    inputs = _inputs(name, vlm, processor, batch, pictures)
     n_image = int((inputs["input_ids"][0] == vlm.config.image_token_id).sum())
     made = {key: _method(key, name, info, n_image, new) for key in methods}
     contenders = [
@@ -189,11 +186,29 @@ def _ratios(table: pd.DataFrame) -> None:
     table["x faster than stock"] = stock / table["end to end ms"]
 
 
-def bench_profile(model: str = "scenes-small", new: int = 32) -> pd.DataFrame:
-    """Where the reference loop's time goes on this machine, by kind of operator: % of a prompt's pass and of decode steps."""
+def subject(model: str | None = None, device: str | None = None) -> str:
+    """The model that is timed: the one named, else LLaVA-1.5-7B's dimensions on a GPU and scenes-small elsewhere."""
+    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    return model or ("random:llava-1.5-7b" if cuda else "scenes-small")
+
+
+def _inputs(name: str, vlm: Any, processor: Any, batch: int, pictures: int) -> Any:
+    if Path(name).name in SCENES:
+        return next(iter(batches(vlm, processor, open_dataset("scenes:narrative:test", batch), None, batch)))[1]
+    return latency_inputs(vlm, processor, batch, pictures)
+
+
+def bench_profile(
+    model: str | None = None, new: int = 32, batch: int = 1, pictures: int = 1, device: str | None = None
+) -> pd.DataFrame:
+    """Where the reference loop's time goes under FastV, by kind of operator: % of a prompt's pass and of decode steps.
+
+    model, batch, pictures, device: what `bench` times.
+    """
+    name = subject(model, device)
     with quietly():
-        vlm, processor = load_vlm(model)
-    inputs, place = latency_inputs(vlm, processor, 1), next(vlm.parameters()).device
+        vlm, processor = load_vlm(name, device=device)
+    inputs, place = _inputs(name, vlm, processor, batch, pictures), next(vlm.parameters()).device
     run, parts = make_run("reference", vlm, inputs, FastV(2, 0.5)), {}
     for part, n, first in (("prompt's pass", 1, None), ("decode steps", new, 8)):
         found = profile(run, place, n, first, top=10**6)

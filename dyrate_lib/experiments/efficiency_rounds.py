@@ -87,11 +87,9 @@ def sample(
             some = [c for c in contenders if c.name not in failed and (to == "samples" or c.kind == "graph")]
             if not repeats or not some:
                 continue
-            try:
-                _take_turns(some, rounds, device, n, repeats, to)
-            except MEMORY:
+            if attempt(partial(_take_turns, some, rounds, device, n, repeats, to)):
                 failed["turns"] = "all contenders do not fit side by side: one after the other"
-                for contender in some:
+                for contender in some:  # not while the error is handled: its frames hold what did not fit
                     getattr(contender, to).clear()
                     clear(engine, device)
                     alone = partial(_take_turns, [contender], rounds, device, n, repeats, to)

@@ -70,9 +70,10 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
         print(write_captions(open_dataset(args.dataset, args.n), args.task, args.file))
     else:
-        from .results import paper_tables, read_results
+        from .results import differences, paper_tables, read_results
 
-        for title, table in paper_tables(read_results(args.folder)).items():
+        scores = read_results(args.folder)
+        for title, table in {**paper_tables(scores), "Against the paper": differences(scores)}.items():
             print(f"\n{title}\n{table.to_string(index=False, na_rep='-')}")
     return 0
 

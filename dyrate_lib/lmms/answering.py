@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,16 +70,20 @@ def read_decoding(generation_kwargs: Mapping[str, Any] | None, default_new_token
         raise InputError(f"generation_kwargs: until={until!r} must be strings")
     longest = given.pop("max_new_tokens", None)
     limited = longest is not None
-    temperature, top_p, top_k = (given.pop(k, None) for k in ("temperature", "top_p", "top_k"))
+    temperature, top_p = (_number(name, given.pop(name, None)) for name in ("temperature", "top_p"))
+    top_k = given.pop("top_k", None)
     sampled = bool(given.pop("do_sample", False)) and temperature != 0
+    if sampled and not (temperature > 0 and 0 < top_p <= 1):
+        raise InputError(
+            f"generation_kwargs: temperature={temperature:g} must be above 0 (0 is greedy), top_p={top_p:g} above 0, at most 1"
+        )
     beams = given.pop("num_beams", None)
     unknown = sorted(set(given) - set(_NO_MATTER))
     if unknown:
         warnings.warn(f"generation_kwargs without a meaning here: {', '.join(unknown)}", stacklevel=2)
     made = Decoding(
         _whole("max_new_tokens", longest if limited else default_new_tokens, 1), tuple(text for text in until if text), sampled,
-        float(1.0 if temperature is None or not sampled else temperature),
-        float(1.0 if top_p is None or not sampled else top_p), _whole("top_k", top_k or 0, 0) if sampled else 0,
+        temperature if sampled else 1.0, top_p if sampled else 1.0, _whole("top_k", top_k or 0, 0) if sampled else 0,
         _whole("num_beams", 1 if beams is None else beams, 1), limited,
     )  # fmt: skip
     if made.do_sample and made.num_beams > 1:
@@ -86,8 +91,21 @@ def read_decoding(generation_kwargs: Mapping[str, Any] | None, default_new_token
     return made
 
 
+_LARGEST = sys.float_info.max  # neither infinity, nor NaN, nor a whole number beyond any float
+
+
+def _number(name: str, value: Any) -> float:
+    """The value as a float, 1.0 for none."""
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise InputError(f"generation_kwargs: {name}={value!r} must be a number, e.g. {name}=0.7")
+    return float(value)
+
+
 def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < least:
+    sound = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    if not sound or value != int(value) or value < least:
         raise InputError(f"generation_kwargs: {name}={value!r} must be a whole number of at least {least}")
     return int(value)
 

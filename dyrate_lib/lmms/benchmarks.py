@@ -16,7 +16,8 @@ class Benchmark:
 
     task: lmms-eval's name. page: the task's file below lmms_eval/tasks. split: the one it evaluates. columns: those that its code
     reads, with the kind of value: text, texts, whole, image, any. table, column: of the paper. metric: lmms-eval's name of the
-    figure reported there; factor: what it is multiplied by for the paper's scale. label: for tables.
+    figure reported there; factor: what it is multiplied by for the paper's scale. label: for tables. items: documents of the
+    split as published (of Flickr30k Karpathy's test part; lmms-eval's own task reads the hub's data set, which holds all).
     """
 
     task: str
@@ -28,6 +29,7 @@ class Benchmark:
     metric: str
     factor: float
     label: str
+    items: int
 
 
 def _columns(**kinds: str) -> tuple[tuple[str, str], ...]:
@@ -39,27 +41,27 @@ BENCHMARKS: dict[str, Benchmark] = {
     for b in (
         Benchmark(
             "gqa", "gqa/gqa.yaml", "testdev", _columns(image="image", question="text", answer="text"),
-            1, "gqa", "exact_match", 100.0, "GQA",
+            1, "gqa", "exact_match", 100.0, "GQA", 12_578,
         ),
         Benchmark(
             "vizwiz_vqa_val", "vizwiz_vqa/vizwiz_vqa_val.yaml", "val",
             _columns(image="image", question="text", answers="texts", question_id="any"),
-            1, "vizwiz", "exact_match", 100.0, "VizWiz",
+            1, "vizwiz", "exact_match", 100.0, "VizWiz", 4_319,
         ),
         Benchmark(
             "scienceqa_img", "scienceqa/scienceqa_img.yaml", "test",
             _columns(image="image", question="text", choices="texts", hint="text", answer="whole"),
-            1, "sqa", "exact_match", 100.0, "ScienceQA",
+            1, "sqa", "exact_match", 100.0, "ScienceQA", 2_017,
         ),
         Benchmark(
             "textvqa_val", "textvqa/textvqa_val.yaml", "validation",
             _columns(image="image", question="text", answers="texts", question_id="any"),
-            1, "vqa", "exact_match", 100.0, "TextVQA",
+            1, "vqa", "exact_match", 100.0, "TextVQA", 5_000,
         ),
         Benchmark(
             "pope", "pope/pope.yaml", "test",
             _columns(image="image", question="text", answer="text", question_id="any"),
-            1, "pope", "pope_f1_score", 100.0, "POPE",
+            1, "pope", "pope_f1_score", 100.0, "POPE", 9_000,
         ),
         Benchmark(
             "mmbench_en_dev_static", "mmbench/mmbench_en_dev_static.yaml", "dev",
@@ -67,27 +69,27 @@ BENCHMARKS: dict[str, Benchmark] = {
                 image="image", index="whole", question="text", hint="text", A="text", B="text", C="text", D="text",
                 answer="text", category="text", L2_category="text", source="text", split="text",
             ),
-            1, "mmb", "gpt_eval_score", 1.0, "MMBench",
+            1, "mmb", "gpt_eval_score", 1.0, "MMBench", 4_329,
         ),
         Benchmark(
             "mme", "mme/mme.yaml", "test",
             _columns(image="image", question="text", answer="text", category="text", question_id="any"),
-            1, "mme", "mme_perception_score", 1.0, "MME",
+            1, "mme", "mme_perception_score", 1.0, "MME", 2_374,
         ),
         Benchmark(
             "nocaps_val", "nocaps/nocaps_val.yaml", "validation",
             _columns(image="image", image_id="any", annotations_captions="texts"),
-            2, "nocaps", "nocaps_CIDEr", 100.0, "NoCaps",
+            2, "nocaps", "nocaps_CIDEr", 100.0, "NoCaps", 4_500,
         ),
         Benchmark(
             "flickr30k_test", "flickr30k/flickr30k_test.yaml", "test",
             _columns(image="image", img_id="any", caption="texts"),
-            2, "flickr30k", "flickr_CIDEr", 100.0, "Flickr30k",
+            2, "flickr30k", "flickr_CIDEr", 100.0, "Flickr30k", 1_000,
         ),
         Benchmark(
             "coco2017_cap_val", "coco_cap/coco2017_cap_val.yaml", "val",
             _columns(image="image", question_id="text", id="any", answer="texts"),
-            2, "coco2017", "coco_CIDEr", 100.0, "COCO2017",
+            2, "coco2017", "coco_CIDEr", 100.0, "COCO2017", 5_000,
         ),
     )
 }  # fmt: skip

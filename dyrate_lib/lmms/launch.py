@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import DyRateError, InputError, ResourceError
 from ..metrics import find_java
-from .benchmarks import LOCAL
+from .benchmarks import BENCHMARKS, LOCAL, LOCAL_GROUP
 from .task_files import SCENES_PICTURES, official_folder, write_tasks
 
 
@@ -53,9 +53,18 @@ def evaluate(
 def _check_tasks(arguments: Sequence[str], known: Sequence[str]) -> None:
     asked = [a.partition("=")[2] for a in arguments if a.startswith("--tasks=")]
     asked += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--tasks"]
-    for name in asked[-1].split(",") if asked else []:
-        if name.endswith(LOCAL) and name not in known:
-            raise InputError(f"the task {name} needs --data FOLDER with parquet files in FOLDER/{name.removesuffix(LOCAL)}")
+    for name in [text.strip() for text in asked[-1].split(",")] if asked else []:
+        if not name.endswith(LOCAL) or name in known:
+            continue
+        if name == LOCAL_GROUP:
+            raise InputError(
+                f"the group {name} needs --data FOLDER, with a folder of parquet files for each benchmark that shall be asked: "
+                f"{', '.join(BENCHMARKS)} (python -m dyrate_lib.lmms parquet writes those of captions)"
+            )
+        task = name.removesuffix(LOCAL)
+        if task not in BENCHMARKS:
+            raise InputError(f"there is no task {name}: local variants are {LOCAL_GROUP} and those of {', '.join(BENCHMARKS)}")
+        raise InputError(f"the task {name} needs --data FOLDER with parquet files in FOLDER/{task}")
 
 
 def _run(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ that `method(model)` puts on a stock model (`hooks.StockPruning`); both share `P
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -144,22 +145,33 @@ class Method:
         return StockPruning(model, self)
 
 
+def imagined_counts(method: Method, n_image: Tensor, steps: int, n_heads: int, seed: int) -> Tensor:
+    """What a prepared method asks for at every pass (0 the prompt's) with made-up scores and shares: [steps, B] int64.
+
+    n_image [B] int64 on the CPU. Two seeds that agree tell that it does not depend on what is seen.
+    """
+    random, now, rows = torch.Generator().manual_seed(seed), n_image, []
+    for step in range(steps):
+        shares = torch.rand(len(n_image), n_heads, 4, generator=random)
+        shares = shares / shares.sum(-1, keepdim=True)
+        if step:
+            found = method.step(StepView(step, shares, now, n_image))
+        else:
+            scores = torch.rand(len(n_image), int(n_image.max()), generator=random)
+            found = method.prefill(PrefillView(scores, shares, n_image, torch.full_like(n_image, seed)))
+        now = torch.minimum(found.clamp(min=0), n_image if method.reversible or step == 0 else now)
+        rows.append(now)
+    return torch.stack(rows)
+
+
 def _imagined(method: Method, n_image: int, n_layers: int, steps: int, seed: int) -> np.ndarray:
     """What `PruneState` would count for one sample with random scores and shares: [steps, n_layers] int64."""
-    heads, random = 4, torch.Generator().manual_seed(seed)
+    heads, counts = 4, torch.tensor([n_image])
     layer = method.prepare(n_layers, heads, torch.device("cpu"))
-    counts, kept, out = torch.tensor([n_image]), torch.tensor([n_image]), []
     still = type(method).step is Method.step  # nothing changes after the prefill
-    for step in range(1 if still else steps):
-        shares = torch.rand(1, heads, 4, generator=random)
-        shares = shares / shares.sum(-1, keepdim=True)
-        if step == 0:
-            scores = torch.rand(1, n_image, generator=random)
-            found = method.prefill(PrefillView(scores, shares, counts, torch.tensor([seed])))
-        else:
-            found = method.step(StepView(step, shares, kept, counts))
-        kept = torch.minimum(found.clamp(min=0), counts if method.reversible or step == 0 else kept)
-        caps = [method.caps(index, counts) if index >= layer else counts for index in range(n_layers)]
+    caps = [method.caps(index, counts) if index >= layer else counts for index in range(n_layers)]
+    out = []
+    for kept in imagined_counts(method, counts, 1 if still else steps, heads, seed):
         row = [
             counts if index < layer else kept if cap is None else torch.minimum(kept, cap)
             for index, cap in enumerate(caps)
@@ -204,7 +216,7 @@ class PruneState:
         # tensors from `start` on
         self.ranking: Any = None
         self.kept: Any = None
-        self.reads: Any = None
+        self._reads: Any = None
         self.slots: dict[int, int] = {}
         self._extents: dict[int, tuple[int, int]] = {}
 
@@ -216,23 +228,40 @@ class PruneState:
         late = torch.gather(~self.present, 1, order).long()
         self.ranking = torch.gather(order, 1, torch.argsort(late, dim=-1, stable=True))
         self.kept = torch.minimum(self.method.prefill(view).clamp(min=0), self.n_image)
-        self.reads = masks.ranking_to_tokens(masks.prefix_masks(self.kept, self.ranking.shape[1]), self.ranking)
+        self._reads = None
         self._extents.clear()
         for layer in range(self.layer, self.n_layers):
             rows = self.n_image if self.method.reversible else self.layer_kept(layer)
             self.slots[layer] = int(rows.max()) if rows.numel() else 0
 
-    def advance(self, shares: Tensor, scores: Tensor) -> None:
-        """Let the method look at the newest query row and drop (or, if reversible, restore) tokens."""
+    @property
+    def reads(self) -> Any:
+        """[B, N] bool: the image tokens (raster order) that are read now; None before `start`."""
+        if self._reads is None and self.ranking is not None:
+            self._reads = masks.ranking_to_tokens(masks.prefix_masks(self.kept, self.ranking.shape[1]), self.ranking)
+        return self._reads
+
+    @reads.setter
+    def reads(self, value: Any) -> None:
+        self._reads = value
+
+    def advance(self, shares: Tensor, scores: Tensor | Callable[[], Tensor]) -> None:
+        """Let the method look at the newest query row and drop (or, if reversible, restore) tokens.
+
+        scores: [B, N], or what makes them: only methods that rank anew at each step ask.
+        """
         self.steps += 1
+        if self.method.rank != "step" and type(self.method).step is Method.step:
+            return  # nothing changes after the prompt
         kept = self.method.step(StepView(self.steps, shares, self.kept, self.n_image)).clamp(min=0)
         kept = torch.minimum(kept, self.n_image if self.method.reversible else self.kept)
         if self.method.rank == "step":
+            scores = scores if isinstance(scores, Tensor) else scores()
             candidates = scores if self.method.reversible else scores.masked_fill(~self.reads, -torch.inf)
             order = masks.rank_tokens(candidates, self.present)
+            self.reads = masks.ranking_to_tokens(masks.prefix_masks(kept, order.shape[1]), order)
         else:
-            order = self.ranking
-        self.reads = masks.ranking_to_tokens(masks.prefix_masks(kept, order.shape[1]), order)
+            self.reads = None  # the first `kept` of the ranking, should anybody ask
         self.kept = kept
         self._extents.clear()
 
@@ -248,12 +277,16 @@ class PruneState:
 
         Asked of the device once a step, not once a layer, unless the layers differ: each answer makes the host wait.
         """
-        key = -1 if self.method.caps(layer, self.n_image) is None else layer
+        key = self.extent_key(layer)
         if key not in self._extents:
             kept = self.layer_kept(layer)
             most, least = torch.stack((kept.max(), kept.min())).tolist()
             self._extents[key] = (most, least)
         return self._extents[key]
+
+    def extent_key(self, layer: int) -> int:
+        """The same for layers that read the same number of tokens: -1, or the layer itself where it has a cap of its own."""
+        return -1 if self.method.caps(layer, self.n_image) is None else layer
 
     def start_slot(self, layer: int) -> int:
         """The first slot of layer `layer` that any sample still reads."""

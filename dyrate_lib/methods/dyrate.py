@@ -36,6 +36,7 @@ class DyRate(Method):
     reversible: bool = False
     name: ClassVar[str] = "dyrate"
     _placed: RatePredictor | None = field(default=None, init=False, repr=False, compare=False)
+    _source: tuple[torch.device, list[Tensor]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.predictor, str | Path):
@@ -66,8 +67,18 @@ class DyRate(Method):
                 f"DyRate: the predictor reads {self.loaded.n_heads} heads, the model has {n_heads}: it was trained for "
                 "another model; train one for this model (notebook 02)."
             )
-        self._placed = copy.deepcopy(self.loaded).to(device)
+        self._place(device)
         return layer
+
+    def _place(self, device: torch.device) -> None:
+        """A copy of the predictor on `device`: the one from the call before where nothing has changed, for to make one anew takes
+        as long as ten kernels of the model. A predictor on a GPU is copied every time: to compare would make the host wait."""
+        now = list(self.loaded.state_dict().values())
+        here = all(value.device.type == "cpu" for value in now)
+        known = self._source
+        if self._placed is None or not here or known is None or known[0] != device or not all(map(torch.equal, known[1], now)):
+            self._placed = copy.deepcopy(self.loaded).to(device)
+            self._source = (device, [value.clone() for value in now]) if here else None
 
     def plan(self, n_image: int, n_layers: int, steps: int = 1) -> np.ndarray:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyrate_lib.engine import attention_kernel, small_kernels, twins
+from dyrate_lib.engine import attention_kernel, small_kernels, tower_kernels, twins
 from dyrate_lib.engine.skinny_kernel import Config, plain, skinny
 from tests.engine_cases import attention_case, check_attention, error
 from tests.interpreted import DEVICE
@@ -116,3 +117,44 @@ def test_skinny(rows, what):
     wanted = plain(x.double(), weight.double(), **double)
     assert error(skinny(x, weight, Config(16, 64, 4, 1), **kwargs), wanted) < 2e-6
     assert error(plain(x, weight, **kwargs), wanted) < 2e-6
+
+
+@pytest.mark.parametrize("rows, width", [(5, 172), (3, 1024), (1, 32)])
+def test_add_layer_norm(rows, width):
+    generator = torch.Generator().manual_seed(6)
+    x, delta = (torch.randn(rows, width, generator=generator).to(DEVICE) for _ in "xd")
+    weight, bias = (torch.randn(width, generator=generator).to(DEVICE) for _ in "wb")
+    total = x.double() + delta.double() + 3
+    centred = total - total.mean(-1, keepdim=True)
+    wanted = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
+    for function in (tower_kernels.add_layer_norm, twins.add_layer_norm):
+        found, normed = function(x + 3, delta.clone(), weight, bias, 1e-5)
+        assert error(found, total) < 1e-6 and error(normed, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("count", [5, 2048, 5000])
+def test_quick_gelu(count):
+    x = 4 * torch.randn(1, count, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    wanted = x.double() / (1 + (-1.702 * x.double()).exp())
+    for function in (tower_kernels.quick_gelu, twins.quick_gelu):
+        assert error(function(x.clone()), wanted) < 1e-6
+
+
+def test_tower():
+    """All of it by the kernels, as the stock modules compute."""
+    from dyrate_lib.engine.tower import Tower
+    from dyrate_lib.engine.triton_ops import TritonOps
+    from dyrate_lib.models import Adapter
+    from tests.contract import Shape, small_model
+
+    model = copy.deepcopy(small_model(Shape(layers=2, heads=2, kv_heads=2, grid=3, width=32))).to(DEVICE)
+    for parameter in model.model.vision_tower.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    x = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    adapter = Adapter(model)
+    with torch.no_grad():
+        wanted = torch.cat(list(adapter.picture_features({"pixel_values": x}, torch.float32)))
+        tower = Tower(adapter, torch.device(x.device), torch.float32)
+        assert tower.odd is None
+        found = tower.features(x, TritonOps())
+    assert error(found, wanted) < 1e-5
