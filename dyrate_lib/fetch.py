@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import paths
+from .archives import unpack
 from .checksums import SUMS, check_sums
 from .errors import DyRateError, InputError, ResourceError
 from .loading import SCENES
@@ -64,7 +65,7 @@ def _unpack(archive: Path, scratch: Path) -> None:
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as opened_tar:
                 _check_size(archive, (member.size for member in opened_tar))
-                opened_tar.extractall(scratch, filter="data")
+                unpack(opened_tar, Path(scratch))
         else:
             raise InputError(f"{archive} is no .zip or .tar archive: name a checkout, a folder of checkpoints, or an archive")
     except DyRateError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..archives import unpack
 from ..checksums import write_sums
 
 SHARD = "14MB"
@@ -55,4 +56,4 @@ def unship(source: Path, out: Path) -> None:
     for shard in sorted(source.glob("*.safetensors")):
         shutil.copyfile(shard, out / shard.name)
     with tarfile.open(source / "files.tar") as tar:
-        tar.extractall(out, filter="data")
+        unpack(tar, out)
