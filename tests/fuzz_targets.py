@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import sys
 import tempfile
@@ -168,10 +169,21 @@ def lmms_results(data: bytes) -> None:
         assert len(frame) and len(allowed(lambda: paper_tables(frame)))
 
 
+def parquet(data: bytes) -> None:
+    """A data set's parquet file of these bytes; every item of what is accepted is read."""
+    _file("parquet/coco2017_cap_val/val.parquet", data)
+    opened = allowed(lambda: open_dataset(f"parquet:{_folder / 'parquet' / 'coco2017_cap_val'}"))
+    for item in opened or ():
+        assert item.id and item.references and all(text.strip() for text in item.references)
+        allowed(lambda item=item: item.image)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
     for f in (record, predictor, training_state, annotations, picture, notebook, checksum_file, scoreboard, archive, lmms_results)
 }
+if importlib.util.find_spec("pyarrow"):  # of the extra [lmms]
+    TARGETS["parquet"] = parquet
 
 
 def seeds(name: str) -> list[bytes]:
@@ -189,6 +201,8 @@ def seeds(name: str) -> list[bytes]:
         return found
     if name == "archive":
         return _archives()
+    if name == "parquet":
+        return _parquets()
     image = {"id": 1, "file_name": "a.png", "filename": "a.png", "split": "test", "domain": "in-domain"}
     image["sentences"] = [{"raw": "a dog", "sentid": 1}]
     document = {"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
@@ -209,6 +223,23 @@ def seeds(name: str) -> list[bytes]:
         ],
     }
     return plain.get(name) or [json.dumps(text).encode() for text in texts[name]]
+
+
+def _parquets() -> list[bytes]:
+    """Two rows in lmms-eval's columns, in each way of packing."""
+    import io
+
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    picture = {"bytes": seeds("picture")[0], "path": "a.png"}
+    table = pa.table({"image": [picture, picture], "question_id": ["a", "b"], "answer": [["a dog"], ["a cat", "two"]]})
+    found = []
+    for kind in ("none", "snappy", "gzip", "zstd"):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression=kind)
+        found.append(buffer.getvalue())
+    return found
 
 
 def _lmms() -> dict[str, Any]:
