@@ -123,7 +123,7 @@ def farthest_first(features: Tensor, n: int) -> Tensor:
 
 
 def unit_range(scores: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Each row of [M, N] stretched to (0, 1]; all ones where a row is constant (no token is more relevant)."""
+    """Each row of [M, N] stretched to (0, 1 + epsilon / span]; all ones where a row is constant (no token is more relevant)."""
     low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
     span = high - low
     return torch.where(span > 0, (scores - low + epsilon) / span.clamp(min=torch.finfo(scores.dtype).tiny), 1.0)
