@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..experiments import Study
 
 TARGET = 0.9  # of what one reference scores against the others: the aim set for unpruned captions of `short`
-SMOKE_STEPS, SMOKE_BATCH = 20, 1
+SMOKE_STEPS, SMOKE_BATCH = 10, 1
 PROBED = {"smoke": 2, "full": 60}
 N_LISTED = 3  # objects of the picture whose attention maps are drawn
 SIZE_OF = {"scenes-small": "small", "scenes-base": "base"}
