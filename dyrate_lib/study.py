@@ -38,7 +38,7 @@ SCALES = ("smoke", "full")
 # Minutes a notebook takes: computing anew at smoke scale on two CPU cores, at full scale on one H200; redrawing from the
 # committed records on a CPU.
 MINUTES: dict[str, dict[str, float]] = {
-    "smoke": dict(zip(NOTEBOOKS, (1, 0.7, 1.5, 3.5, 0.7, 1, 0.5, 0.3), strict=True)),
+    "smoke": dict(zip(NOTEBOOKS, (0.9, 0.6, 1.2, 2.3, 0.7, 1, 0.4, 0.2), strict=True)),
     "full": dict(zip(NOTEBOOKS, (18, 1, 10, 22, 60, 4, 1, 0.2), strict=True)),
     "redraw": dict(zip(NOTEBOOKS, (0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.2), strict=True)),
 }
