@@ -1,15 +1,13 @@
 """Predictions over a data set: a method in, one small plain record per picture out.
 
-Pictures are rendered or decoded, and processed, once per process and kept on the model's device, so that a table of many
-methods pays for them once. What comes back is plain JSON: text, tokens, the tokens kept at each step, FLOPs ratios.
+What comes back is plain JSON: text, tokens, the tokens kept at each step, FLOPs ratios. `prepared` makes what goes in.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,20 +18,19 @@ from .accounting import flops
 from .errors import InputError
 from .generation import GenerationOutput, generate
 from .methods import DyRate, Method, NoReduction
-from .models import FEATURES, Adapter, ModelInfo, model_info
-from .prompts import IMAGE_TOKEN, chat_prompt
+from .models import FEATURES, Adapter, model_info
+from .prepared import batches, clear_cache, features, pictures
 
 if TYPE_CHECKING:
-    from .datasets import CaptionDataset, Item
+    from .datasets import CaptionDataset
 
 CONVENTIONS = ("paper", "paper-prefill", "cached")
 ENGINE = "reference"  # the study's records are the plain loop's on every device, so that no kernel of ours stands in them
-CACHE_BYTES = {"cuda": 12 * 2**30, "cpu": 2**29}
-CACHE_SHARE = 0.1  # of a card's memory at most: a small one has to hold weights and activations besides
-_RENDER_BATCH = 64
-_pictures: dict[tuple, Tensor] = {}
-FEATURE_BYTES = 2**28
-_features: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[tuple, Tensor]]] = weakref.WeakKeyDictionary()
+
+__all__ = [
+    "CONVENTIONS", "ENGINE", "MethodFor", "batches", "beam_records", "clear_cache", "describe", "features", "output_records",
+    "pictures", "predict", "predictor_hash",
+]  # fmt: skip
 
 MethodFor = Callable[[list[int]], Method]
 
@@ -64,152 +61,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return value
-
-
-# -------------------------------------------------------------------------------------------------------- pictures
-
-
-def clear_cache() -> None:
-    """Forget all processed pictures (and give their memory back)."""
-    _pictures.clear()
-    _features.clear()
-
-
-@torch.no_grad()
-def features(
-    model: Any, processor: Any, dataset: CaptionDataset, indices: Sequence[int], inputs: Mapping[str, Any]
-) -> Tensor | None:
-    """What tower and projector make of a batch's pictures, [image tokens, D]: on a CPU kept for the next method over this batch.
-
-    A small model's tower takes a good part of a short reply's time, and a table asks for the same pictures under each method.
-    Kept by batch, so that the numbers are those of a run without; weights that were changed since are noticed. None where
-    nothing is kept: on other devices, and for tensors made in inference mode, which count no changes.
-    """
-    parameters = list(model.parameters())
-    if parameters[0].device.type != "cpu" or any(p.is_inference() for p in parameters):
-        return None
-    weights = tuple((p.data_ptr(), p._version) for p in parameters)
-    places = tuple(_place(dataset, dataset[index]) for index in indices)
-    key = (_signature(processor), inputs["pixel_values"].dtype, torch.get_num_threads(), places)
-    known = _features.setdefault(model, {})
-    if key not in known or known[key][0] != weights:
-        adapter = Adapter(model)
-        made = adapter.joined_features(inputs, adapter.core.get_input_embeddings().weight.dtype)
-        known.pop(key, None)
-        if sum(kept.nbytes for _, kept in known.values()) + made.nbytes > FEATURE_BYTES:
-            known.clear()
-        known[key] = (weights, made)
-    return known[key][1]
-
-
-def pictures(processor: Any, dataset: CaptionDataset, indices: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Pixel values of some items of a data set, as the processor makes them: [B, 3, h, w] float32 on `device`.
-
-    Each picture is made once per process and device, as long as the cache has room (`CACHE_BYTES`). Scenes are rendered
-    on the device itself; the result equals that of the PIL picture through the processor to float rounding.
-    """
-    device = torch.device(device)
-    space = (str(device), _signature(processor))
-    items = {index: dataset[index] for index in indices}
-    keys = {index: (*space, _place(dataset, item)) for index, item in items.items()}
-    missing = [index for index in items if keys[index] not in _pictures]
-    held = sum(value.numel() * value.element_size() for value in _pictures.values() if value.device.type == device.type)
-    fresh: dict[tuple, Tensor] = {}
-    for start in range(0, len(missing), _RENDER_BATCH):
-        some = missing[start : start + _RENDER_BATCH]
-        made = _process(processor, [items[index] for index in some], device)
-        fresh.update((keys[index], picture) for index, picture in zip(some, made.unbind(0), strict=True))
-    size = sum(value.numel() * value.element_size() for value in fresh.values())
-    if held + size <= _cache_room(device):
-        # clones: a view would keep its whole batch alive
-        _pictures.update({key: value.clone() for key, value in fresh.items()})
-    return torch.stack([fresh[keys[i]] if keys[i] in fresh else _pictures[keys[i]] for i in indices])
-
-
-def _cache_room(device: torch.device) -> int:
-    """Bytes that processed pictures may take on a device."""
-    room = CACHE_BYTES.get(device.type, 0)
-    if device.type != "cuda":
-        return room
-    return min(room, int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory))
-
-
-def _place(dataset: CaptionDataset, item: Item) -> tuple:
-    """What makes a picture: a scene's split and number (all caption families share pictures), or the folder and id."""
-    return ("scenes", item.id) if "scene" in item.meta else (dataset.spec, item.id)
-
-
-def _signature(processor: Any) -> str:
-    settings = processor.image_processor.to_dict()
-    return repr(sorted((key, str(value)) for key, value in settings.items() if key != "image_processor_type"))
-
-
-def _process(processor: Any, items: list[Item], device: torch.device) -> Tensor:
-    if all("scene" in item.meta for item in items) and _is_clip_336(processor.image_processor):
-        from .scenes import render_batch
-        from .scenes.data import normalise
-
-        return normalise(render_batch([item.meta["scene"] for item in items], device))
-    made = processor.image_processor([item.image for item in items], return_tensors="pt")["pixel_values"]
-    return made.to(device=device, dtype=torch.float32)
-
-
-def _is_clip_336(image_processor: Any) -> bool:
-    from .scenes.tokenizer import CLIP_MEAN, CLIP_STD
-
-    settings = image_processor.to_dict()
-    size, crop = dict(settings.get("size") or {}), dict(settings.get("crop_size") or {})
-    return (
-        size.get("shortest_edge") == 336
-        and (crop.get("height"), crop.get("width")) == (336, 336)
-        and np.allclose(settings.get("image_mean"), CLIP_MEAN)
-        and np.allclose(settings.get("image_std"), CLIP_STD)
-    )
-
-
-def tokenised(processor: Any, info: ModelInfo, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Full chat strings, each with one `<image>`, as a left-padded batch: input_ids and attention_mask [B, T] int64.
-
-    The same ids as `prepare_inputs` gives with pictures, made without them.
-    """
-    token = getattr(processor, "image_token", IMAGE_TOKEN)
-    for prompt in prompts:
-        if prompt.count(token) != 1:
-            raise InputError(f"the prompt {prompt!r} holds {prompt.count(token)} {token} placeholders, one is needed")
-    processor.tokenizer.padding_side = "left"
-    texts = [prompt.replace(token, token * info.n_image_tokens) for prompt in prompts]
-    batch = processor.tokenizer(texts, padding=True, return_tensors="pt")
-    return {key: batch[key] for key in ("input_ids", "attention_mask")}
-
-
-def batches(
-    model: Any, processor: Any, dataset: CaptionDataset, indices: Sequence[int] | None = None, batch_size: int = 16
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of prepared inputs on the model's device: (indices, {input_ids, attention_mask, pixel_values}).
-
-    Raises:
-        InputError: no indices, one out of range, a batch size below 1; raised before the first batch.
-    """
-    chosen = list(range(len(dataset))) if indices is None else [int(index) for index in indices]
-    if not chosen or batch_size < 1:
-        raise InputError(f"there is nothing to batch: {len(chosen)} items, batch size {batch_size}")
-    wrong = [index for index in chosen if not 0 <= index < len(dataset)]
-    if wrong:
-        raise InputError(f"item {wrong[0]} of a data set of {len(dataset)}")
-    return _batches(model, processor, dataset, chosen, batch_size)
-
-
-def _batches(model: Any, processor: Any, dataset: CaptionDataset, chosen: list[int], batch_size: int) -> Iterator:
-    parameter, info = next(model.parameters()), model_info(model)
-    for start in range(0, len(chosen), batch_size):
-        some = chosen[start : start + batch_size]
-        inputs = tokenised(processor, info, [chat_prompt(dataset[index].prompt) for index in some])
-        inputs = {key: value.to(parameter.device) for key, value in inputs.items()}
-        inputs["pixel_values"] = pictures(processor, dataset, some, parameter.device).to(parameter.dtype)
-        yield some, inputs
-
-
-# ----------------------------------------------------------------------------------------------------- predictions
 
 
 def predict(

@@ -17,10 +17,12 @@ from dyrate_lib import (
     chat_prompt,
     generate,
     prepare_inputs,
+    prepared,
 )
 from dyrate_lib.datasets import open_dataset
-from dyrate_lib.evaluate import batches, clear_cache, describe, features, pictures, predict, predictor_hash
+from dyrate_lib.evaluate import describe, predict, predictor_hash
 from dyrate_lib.models import FEATURES, Adapter
+from dyrate_lib.prepared import batches, clear_cache, features, pictures
 from dyrate_lib.scenes.tokenizer import build_processor
 
 
@@ -52,11 +54,9 @@ def test_pictures_rendered_on_the_device_equal_the_processors():
 
 
 def test_pictures_are_made_once(tiny, questions, monkeypatch):
-    import dyrate_lib.evaluate as evaluate
-
     clear_cache()
     first = pictures(tiny[1], questions, [0, 1])
-    monkeypatch.setattr(evaluate, "_process", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(prepared, "_process", lambda *_: pytest.fail("made again"))
     assert torch.equal(pictures(tiny[1], questions, [1, 0]), first.flip(0))
     # the same scenes under another prompt are the same pictures
     assert torch.equal(pictures(tiny[1], open_dataset("scenes:late:test", 2), [0, 1]), first)
@@ -97,7 +97,7 @@ def test_kept_features_are_those_of_the_weights_and_the_batch(tiny, questions, m
     finally:
         with torch.no_grad():
             bias.sub_(1.0)
-    monkeypatch.setattr("dyrate_lib.evaluate.FEATURE_BYTES", first.nbytes)
+    monkeypatch.setattr("dyrate_lib.prepared.FEATURE_BYTES", first.nbytes)
     features(model, processor, questions, some, inputs)
     features(model, processor, questions, [1, 0, 2], inputs)  # room for one batch: the other goes
     again = features(model, processor, questions, some, inputs)
@@ -107,12 +107,10 @@ def test_kept_features_are_those_of_the_weights_and_the_batch(tiny, questions, m
 
 
 def test_a_full_cache_is_no_error(tiny, questions, monkeypatch):
-    import dyrate_lib.evaluate as evaluate
-
     clear_cache()
-    monkeypatch.setattr(evaluate, "CACHE_BYTES", {"cpu": 0})
+    monkeypatch.setattr(prepared, "CACHE_BYTES", {"cpu": 0})
     assert pictures(tiny[1], questions, [0, 1]).shape[0] == 2
-    assert not evaluate._pictures
+    assert not prepared._pictures
 
 
 @pytest.mark.parametrize("method", [None, FastV(2, 0.5), DepthPrune({3: 0.2, 5: 0.7}), FastV(3, 0.6, refresh=True)])

@@ -11,7 +11,7 @@ import torch
 
 from dyrate_lib import InputError, RatePredictor
 from dyrate_lib.compare import claims
-from dyrate_lib.experiments import Study, benchmark_tables, benchmarks, open_study
+from dyrate_lib.experiments import Study, benchmark_claims, benchmark_tables, benchmarks, open_study
 from dyrate_lib.experiments.benchmarks import Row
 from dyrate_lib.experiments.training_runs import LAYER, N_RATES
 
@@ -100,9 +100,9 @@ def test_relative_change_by_hand(study):
         and found["lo"] == pytest.approx(-0.1)
         and found["hi"] == pytest.approx(-0.1)
     )
-    assert benchmark_tables._negated(found)["mean"] == pytest.approx(0.1)
+    assert benchmark_claims._negated(found)["mean"] == pytest.approx(0.1)
     uneven = benchmark_tables.relative(study, np.array([1.0, 5.0, 9.0, 2.0]), np.array([2.0, 4.0, 6.0, 8.0]))
-    negated = benchmark_tables._negated(uneven)
+    negated = benchmark_claims._negated(uneven)
     assert negated["lo"] <= negated["mean"] <= negated["hi"] and negated["lo"] == -uneven["hi"]
     assert np.isnan(benchmark_tables.relative(study, b, np.zeros(3))["mean"])
 
@@ -128,7 +128,7 @@ def test_tables(scored):
     fig = benchmark_tables.tradeoff_figure(scored)
     assert len(fig.axes) == 4
     plt.close(fig)
-    assert benchmark_tables.findings(scored).count("against unpruned") == 4
+    assert benchmark_claims.findings(scored).count("against unpruned") == 4
 
 
 def test_quantities_have_the_names_that_the_claims_read(scored):

@@ -38,6 +38,7 @@ from dyrate_lib.scenes.score import answer, bootstrap, card, questions_of, split
 from dyrate_lib.scenes.tokenizer import MAX_RESPONSE, build_processor, build_tokenizer
 from dyrate_lib.scenes.train import main
 from dyrate_lib.scenes.trainer import train
+from dyrate_lib.scenes.training_plan import Plan
 from dyrate_lib.scenes.vlm import SIZES, PackedForward, build_model
 
 TINY = Recipe(size="tiny", batch=4, slots=("short",))
@@ -306,14 +307,14 @@ def test_steps_or_a_deadline_are_needed():
 
 
 def test_a_plan_fills_the_time_and_only_ever_shrinks():
-    plan = trainer_module._Plan(None, 1000.0, 0, lambda _: None)
+    plan = Plan(None, 1000.0, 0, lambda _: None)
     plan.measured(40, now=100.0, ms=100.0)
     assert plan.steps == 8700
     plan.watch(500, now=150.0, ms=90.0)
     assert plan.steps == 8700
     plan.watch(1000, now=200.0, ms=200.0)
     assert plan.steps == 4800
-    fixed = trainer_module._Plan(50, 1.0, 0, lambda _: None)
+    fixed = Plan(50, 1.0, 0, lambda _: None)
     fixed.watch(20, now=5.0, ms=1e6)
     assert fixed.steps == 50 and fixed.done(50) and not fixed.done(49)
 

@@ -171,6 +171,6 @@ def row_by_key(rows: Sequence[Row], key: str) -> Row:
 
 def quantities(study: Study) -> dict[str, Any]:
     """What claims C2, C3 and C10 are judged by."""
-    from .benchmark_tables import quantities
+    from .benchmark_claims import quantities
 
     return quantities(study)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,9 @@ from .checkpoint import export, ship
 from .data import KINDS, N_CLS, PackedBatches, prefix_ids
 from .objective import Recipe, cls_loss, learning_rate, response_loss, to_device, token_accuracy
 from .tokenizer import build_processor
+from .training_plan import TIMED, Plan, Say
 from .training_state import load_state, save_state
 from .vlm import SIZES, PackedForward, build_model
-
-Say = Callable[[str], Any]
-UNKNOWN_STEPS = 4000  # the schedule's length until the first steps have been timed
-TIMED = (10, 40)  # steps timed to plan the rest
 
 
 @dataclass
@@ -136,43 +133,6 @@ class _Run:
         return state
 
 
-
-class _Plan:
-    """How many steps there will be: fixed, or as many as fit before a deadline."""
-
-    def __init__(self, steps: int | None, deadline: float | None, start: int, say: Say) -> None:
-        self.steps, self.deadline, self.say = steps, deadline, say
-        self.fixed = steps is not None
-        self.time_from, self.time_to = (start + n for n in TIMED)
-
-    @property
-    def length(self) -> int:
-        """For the learning rate's schedule."""
-        return self.steps or UNKNOWN_STEPS
-
-    def done(self, step: int) -> bool:
-        return self.steps is not None and step >= self.steps
-
-    def fit(self, step: int, now: float, ms: float) -> int:
-        """Steps in all, if the rest of the time is used, less 3.5% for checkpoints and validation."""
-        assert self.deadline is not None
-        left = max(0.0, self.deadline - now) * 0.965 / (ms / 1000)
-        total = step + int(left)
-        return max(step + 1, total // 100 * 100 if left >= 200 else total)
-
-    def measured(self, step: int, now: float, ms: float) -> None:
-        self.steps = self.fit(step, now, ms)
-        self.say(f"{ms:.1f} ms a step: planned {self.steps} steps")
-
-    def watch(self, step: int, now: float, ms: float) -> None:
-        """Plan fewer steps if things have become slower, so that the schedule still ends before the deadline."""
-        if self.fixed or self.steps is None or self.deadline is None or not self.time_to + 50 < step < self.steps:
-            return
-        if now + (self.steps - step) * ms / 1000 > self.deadline + 10:
-            self.steps = min(self.steps, self.fit(step, now, ms))
-            self.say(f"slower than planned ({ms:.1f} ms a step): now {self.steps} steps")
-
-
 @dataclass
 class _Keeper:
     """Writes the checkpoint and the state to resume from."""
@@ -266,7 +226,7 @@ def train(
     pending = to_device(next(loader), device)
 
     run = _Run(recipe, device, say)
-    plan = _Plan(recipe.steps, deadline, start, say)
+    plan = Plan(recipe.steps, deadline, start, say)
     if start:
         state = run.load(_existing(keeper.state))
         plan.steps = plan.steps or state.get("planned")
