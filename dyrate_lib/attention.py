@@ -37,7 +37,7 @@ def additive(allowed: Tensor, q: Tensor) -> Tensor:
     """A bool mask as `attend` takes it best: on a CPU the floats (0, -inf) that every layer would make of it, in q's dtype."""
     if q.device.type != "cpu":
         return allowed
-    return torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+    return q.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
 
 
 def row_attention(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:

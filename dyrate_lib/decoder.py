@@ -72,11 +72,10 @@ class PrunedDecoder:
         self._filled: dict[int, int] = {}
         # what stands in each slot of the layers >= P: True for tokens, False for padding
         self._occupied: Any = None
-        self._real = prompt.types != PAD
-        self._padded = not bool(self._real.all())
         # of the prompt and, behind it, of every token that may follow
-        self._columns_by_type: Any = None
-        self._real_ahead: Any = None
+        types = torch.nn.functional.pad(prompt.types, (0, max(capacity - 1, 0)), value=RES)
+        self._columns_by_type, self._real = type_columns(types), types != PAD
+        self._padded = not bool(self._real.all())
         self._step: ModuleStep | None = None  # from the first decode step on
         self._last = prompt.last_position
         self._masks: dict[tuple[int, int], Tensor | None] = {}  # of one step
@@ -137,11 +136,8 @@ class PrunedDecoder:
 
     def _look(self, q: Tensor, keys: Tensor) -> None:
         """Attention of the newest row at the feature layer: shares by type; scores of the image tokens for who asks."""
-        if self._columns_by_type is None:
-            types = torch.nn.functional.pad(self.prompt.types, (0, max(self.capacity - 1, 0)), value=RES)
-            self._columns_by_type, self._real_ahead = type_columns(types), types != PAD
         length = keys.shape[2]
-        self._attention = row_attention(q, keys, self._real_ahead[:, :length] if self._padded else None)
+        self._attention = row_attention(q, keys, self._real[:, :length] if self._padded else None)
         self.shares = shares_of(self._attention, self._columns_by_type[:, :length])[:, 0]
 
     def _scores(self) -> Tensor:
@@ -158,26 +154,20 @@ class PrunedDecoder:
             key = (self.state.slots[index], self.state.extent_key(index))
         if key not in self._masks:
             tail = index >= self.layer
-            allowed = self._tail_readable(index) if tail else self._readable(self._real, index)
+            allowed = self._tail_readable(index) if tail else self._real[:, : self._filled[index]]
             first = self.state.start_slot(index) if tail else 0
             self._masks[key] = None if allowed is None else additive(allowed[:, None, None, first:], q)
         return self._masks[key]
 
-    def _readable(self, occupied: Tensor, index: int) -> Tensor:
-        """[B, entries of layer `index`] bool: the prompt's occupied entries and every response token."""
-        return torch.nn.functional.pad(occupied, (0, self._filled[index] - occupied.shape[1]), value=True)
-
     def _tail_readable(self, index: int) -> Tensor | None:
         """[B, entries] bool of a layer >= P, or None where every sample reads everything from the first slot on."""
         state, n = self.state, self.state.slots[index]
-        text = self._occupied[:, self._occupied.shape[1] - self._n_text :]
         if state.uniform(index) and not self._text_padded:
             return None
-        return (
-            self._readable(torch.cat((state.slot_reads(index), text), dim=1), index)
-            if n
-            else self._readable(text, index)
-        )
+        occupied = self._occupied[:, self._occupied.shape[1] - self._n_text :]
+        if n:
+            occupied = torch.cat((state.slot_reads(index), occupied), dim=1)
+        return torch.nn.functional.pad(occupied, (0, self._filled[index] - occupied.shape[1]), value=True)
 
     # -- the layers from P on -------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ def _unpack(archive: Path, scratch: Path) -> None:
         elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as opened_tar:
                 _check_size(archive, (member.size for member in opened_tar))
-                unpack(opened_tar, Path(scratch))
+                unpack(opened_tar, scratch)
         else:
             raise InputError(f"{archive} is no .zip or .tar archive: name a checkout, a folder of checkpoints, or an archive")
     except DyRateError:

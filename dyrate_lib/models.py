@@ -28,7 +28,7 @@ from .layout import (
 )
 from .masks import PAD
 
-FEATURES = "picture_features"  # among inputs: what `Adapter.picture_features` gave for their pictures, [image tokens, D]
+FEATURES = "picture_features"  # among inputs: what `Adapter.joined_features` gave for their pictures, [image tokens, D]
 
 # decoders whose layers are built like LLaMA's: pre-norm, q/k/v/o projections with or without biases, full rotary, gated MLP
 DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")

@@ -30,6 +30,7 @@ NOTEBOOKS = [
 
 PLACES = ("out", "lmms")  # parameters that are folders: as the caller sees them, not as the notebook's own folder does
 
+
 class NotebookFailed(DyRateError):
     """A cell raised. The message holds the cell, its error and where the half-executed notebook lies."""
 
@@ -188,9 +189,9 @@ def run_notebook(
     """
     source = find_notebook(name)
     values = check_parameters(source, params or {})
-    for name in PLACES:
-        if values.get(name):
-            values[name] = str(Path(values[name]).expanduser().resolve())
+    for place in PLACES:
+        if values.get(place):
+            values[place] = str(Path(values[place]).expanduser().resolve())
     if values.get("lmms"):
         from dyrate_lib.lmms.results import read_results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor
 from dyrate_lib import VTW, DepthPrune, DyRate, FastV, NoReduction, RandomPrune, RatePath
 from dyrate_lib.experiments.efficiency import Replay
 from dyrate_lib.methods import ST3
+from dyrate_lib.models import Adapter
 from tests import contract
-from tests.contract import lively_predictor
+from tests.contract import Shape, lively_predictor, small_model
 
 METHODS = {
     "none": NoReduction(),
@@ -51,6 +53,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def methods_and(batches: Iterable[str]) -> list[tuple[str, str]]:
     """Every method's name with every batch's; "paths" holds rates for the four samples of "ragged" alone."""
     return [(name, size) for name in METHODS for size in batches if name != "paths" or size == "ragged"]
+
+
+def lively_tower(strategy: str = "default", layer: object = -2, dtype: torch.dtype = torch.float32) -> Any:
+    """A model whose tower's norms and biases do something, with the features of another layer or with the CLS row."""
+    model = copy.deepcopy(small_model(Shape(layers=2, heads=2, kv_heads=2, grid=3, width=32)))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.model.vision_tower.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.config.vision_feature_select_strategy, model.config.vision_feature_layer = strategy, layer
+    return model.to(dtype)
+
+
+def stock_features(model: Any, pixels: Tensor) -> Tensor:
+    """What the model's own tower and projector make of pictures: [tokens of all, D]."""
+    return torch.cat(list(Adapter(model).picture_features({"pixel_values": pixels}, pixels.dtype)))
 
 
 def check_same(ours: Any, theirs: Any, logits: float = 2e-4, attention: float = 1e-5) -> None:

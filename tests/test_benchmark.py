@@ -75,6 +75,7 @@ def test_bench_times_loops_in_turns_and_gives_ratios(model):
     [
         ({"batch": 0}, "at least 1"), ({"new": 1}, "at least 2"), ({"loops": ("fast",)}, "no loop or method 'fast'"),
         ({"methods": ("fastv-2",)}, "'original'"), ({"methods": ("original", "x")}, "no loop or method 'x'"),
+        ({"device": "gpu"}, "no device 'gpu'"),
     ],
 )  # fmt: skip
 def test_bench_refuses_before_it_loads_a_model(options, says, monkeypatch):
@@ -82,7 +83,7 @@ def test_bench_refuses_before_it_loads_a_model(options, says, monkeypatch):
 
     monkeypatch.setattr(efficiency_bench, "load_vlm", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=says):
-        efficiency_bench.bench("random:tiny", device="cpu", **options)
+        efficiency_bench.bench("random:tiny", **{"device": "cpu", **options})
 
 
 def test_bench_from_the_command_line(monkeypatch, capsys):

@@ -30,6 +30,7 @@ from tests.engine_cases import (  # noqa: E402
     check_same,
     error,
     methods_and,
+    stock_features,
 )
 
 BATCHES = {"ragged": (ROWS, 1), "single": (ROWS[1:2], 2), "many": (ROWS * 6, 3)}
@@ -402,12 +403,11 @@ def clip_large():
         vision_config=vision, text_config=text, image_token_id=199, image_seq_length=576, vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )  # fmt: skip
-    made = LlavaForConditionalGeneration(config).to(torch.bfloat16).float().to("cuda").eval()
+    made = LlavaForConditionalGeneration(config).to("cuda").eval()
     for name, parameter in made.model.vision_tower.named_parameters():
         if "bias" in name or "norm" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    made = made.to(torch.bfloat16).float()  # weights that bfloat16 holds
-    return made
+    return made.to(torch.bfloat16).float()  # weights that bfloat16 holds
 
 
 @pytest.mark.parametrize("pictures", [1, 4])
@@ -417,20 +417,16 @@ def test_tower_of_real_size(clip_large, pictures):
 
     x = torch.randn(pictures, 3, 336, 336, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     x = x.to(torch.bfloat16).float()
-
-    def stock(model, pixels):
-        return torch.cat(list(Adapter(model).picture_features({"pixel_values": pixels}, pixels.dtype)))
-
     with torch.no_grad():
         wide = copy.deepcopy(clip_large)
         engine = engine_for(wide, capture=False)
-        wanted = stock(wide, x)
+        wanted = stock_features(wide, x)
         assert engine.see(x).shape == (576 * pictures, 256) and engine.tower.odd is None and not engine.tower.hooked
         assert error(engine.see(x), wanted) < 2e-5
         engine.release()
-        true = stock(copy.deepcopy(clip_large).double(), x.double())
+        true = stock_features(copy.deepcopy(clip_large).double(), x.double())
         narrow = copy.deepcopy(clip_large).to(torch.bfloat16)
-        theirs = error(stock(narrow, x.to(torch.bfloat16)), true)
+        theirs = error(stock_features(narrow, x.to(torch.bfloat16)), true)
         engine = engine_for(narrow)
         outs = [engine.see(x.to(torch.bfloat16)).clone() for _ in range(4)]
         ours = error(outs[0], true)
@@ -440,11 +436,11 @@ def test_tower_of_real_size(clip_large, pictures):
         assert torch.equal(engine.see(x.cpu()), outs[0])  # pictures as a processor gives them
         before, x = outs[0], x.to(torch.bfloat16)
         Adapter(narrow).vision_layers[3].self_attn.v_proj.weight.data.mul_(8)  # in place: the graph reads it
-        wanted = stock(narrow, x)
+        wanted = stock_features(narrow, x)
         assert error(engine.see(x), wanted) < 0.3 * error(before, wanted)
         before, mlp = engine.see(x).clone(), Adapter(narrow).vision_layers[3].mlp
         mlp.fc1.weight = torch.nn.Parameter(-6 * mlp.fc1.weight)  # another parameter: noticed
-        wanted = stock(narrow, x)
+        wanted = stock_features(narrow, x)
         for _ in range(3):
             assert error(engine.see(x), wanted) < 0.3 * error(before, wanted)
         engine.release()

@@ -13,20 +13,10 @@ from dyrate_lib.engine import eager_engine
 from dyrate_lib.engine.ops import TorchOps
 from dyrate_lib.engine.tower import Tower
 from dyrate_lib.models import Adapter
-from tests.contract import Shape, random_batch, small_model
-from tests.engine_cases import check_same, error
+from tests.contract import random_batch
+from tests.engine_cases import check_same, error, lively_tower, stock_features
 
 CPU = torch.device("cpu")
-
-
-def lively(strategy: str = "default", layer: object = -2, dtype: torch.dtype = torch.float32):
-    """A model whose tower's norms and biases do something, with the features of another layer or with the CLS row."""
-    model = copy.deepcopy(small_model(Shape(layers=2, heads=2, kv_heads=2, grid=3, width=32)))
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.model.vision_tower.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    model.config.vision_feature_select_strategy, model.config.vision_feature_layer = strategy, layer
-    return model.to(dtype)
 
 
 def pixels(pictures: int = 2, seed: int = 0) -> torch.Tensor:
@@ -37,17 +27,13 @@ def tower_of(model, dtype: torch.dtype = torch.float32) -> Tower:
     return Tower(Adapter(model), CPU, dtype)
 
 
-def stock(model, x: torch.Tensor) -> torch.Tensor:
-    return torch.cat(list(Adapter(model).picture_features({"pixel_values": x}, x.dtype)))
-
-
 @pytest.mark.parametrize("pictures", [1, 3])
 @pytest.mark.parametrize("layer", [-2, -1, 0, 1, -4])
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_same_as_stock(strategy, layer, pictures):
-    model, x = lively(strategy, layer), pixels(pictures)
+    model, x = lively_tower(strategy, layer), pixels(pictures)
     hidden = model.model.vision_tower(x, output_hidden_states=True).hidden_states[layer]
-    wanted = stock(model, x)
+    wanted = stock_features(model, x)
     tower = tower_of(model)
     assert tower.odd is None and len(tower.layers) == layer % 4
     with torch.no_grad():
@@ -60,8 +46,8 @@ def test_same_as_stock(strategy, layer, pictures):
 
 def test_only_the_layers_that_are_read_run():
     """What stands behind `vision_feature_layer` is not touched, the last norm included."""
-    model = lively()
-    wanted = stock(model, pixels())
+    model = lively_tower()
+    wanted = stock_features(model, pixels())
     clip = Adapter(model)._clip
     for parameter in (*clip.encoder.layers[-1].parameters(), *clip.post_layernorm.parameters()):
         parameter.data.fill_(torch.nan)
@@ -72,21 +58,21 @@ def test_bfloat16_is_as_close_to_float32_as_stock():
     """Over several weights and pictures, so that chance does not decide."""
     ours, theirs = [], []
     for seed in range(6):
-        wide = lively()
+        wide = lively_tower()
         for parameter in wide.model.vision_tower.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
         wide = wide.to(torch.bfloat16).double()  # weights that bfloat16 holds
         narrow, x = copy.deepcopy(wide).to(torch.bfloat16), pixels(2, seed).to(torch.bfloat16)
         with torch.no_grad():
-            true = stock(wide, x.double())
-            theirs.append(error(stock(narrow, x), true))
+            true = stock_features(wide, x.double())
+            theirs.append(error(stock_features(narrow, x), true))
             ours.append(error(tower_of(narrow, torch.bfloat16).features(x, TorchOps()), true))
     assert sum(ours) <= 1.02 * sum(theirs), (ours, theirs)
     assert max(ours) < 0.05
 
 
 def test_weights_are_held_once_and_given_back():
-    model = lively()
+    model = lively_tower()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     addresses = {name: p.data_ptr() for name, p in model.model.vision_tower.named_parameters() if "proj" not in name}
     tower = tower_of(model)
@@ -138,17 +124,17 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_towers_run_by_their_own_modules(name):
     change, why = ODD[name]
-    model = lively()
+    model = lively_tower()
     change(model)
     x = pixels()
-    wanted = stock(model, x)
+    wanted = stock_features(model, x)
     tower = tower_of(model)
     assert tower.odd is not None and why in tower.odd
     assert torch.equal(tower.features(x, TorchOps()), wanted)
 
 
 def test_hooks_of_the_tower_are_called():
-    model, calls = lively(), []
+    model, calls = lively_tower(), []
     engine = eager_engine(model)
     engine.see(pixels())
     handle = Adapter(model).vision_layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
@@ -161,7 +147,7 @@ def test_hooks_of_the_tower_are_called():
 
 
 def test_pictures_of_another_size_are_refused_as_by_stock():
-    model = lively()
+    model = lively_tower()
     with pytest.raises(ValueError, match="doesn't match model"):
         tower_of(model).features(torch.zeros(1, 3, 56, 56), TorchOps())
 
@@ -193,7 +179,7 @@ def swap_data(parameter):
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_changed_in_the_tower_counts(what):
-    model, batch = lively(), random_batch(3, ((2, 5, True), (0, 4, True)), seed=1)
+    model, batch = lively_tower(), random_batch(3, ((2, 5, True), (0, 4, True)), seed=1)
     engine = eager_engine(model)
     kwargs = dict(max_new_tokens=4, eos_token_id=[], return_logits=True)
     before = generate(model, batch, None, engine=engine, **kwargs)
@@ -207,7 +193,7 @@ def test_what_changed_in_the_tower_counts(what):
 
 def test_tower_of_the_prompts_that_the_engine_lays_out_is_its_own(monkeypatch):
     """The stock tower does not run where the engine's can."""
-    model, batch = lively(), random_batch(3, ((2, 5, True),), seed=1)
+    model, batch = lively_tower(), random_batch(3, ((2, 5, True),), seed=1)
     engine = eager_engine(model)
     monkeypatch.setattr(type(model.model), "get_image_features", lambda *_, **__: pytest.fail("the stock tower ran"))
     generate(model, batch, None, 2, engine=engine)

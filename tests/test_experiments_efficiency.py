@@ -579,6 +579,17 @@ def test_profile_sees_the_asked_steps_alone(tiny):
     assert "aten::sigmoid" not in calls[0]
 
 
+@pytest.mark.parametrize("where", ["gpu", "cpu"])
+def test_operators_count_once(where):
+    """Records of version 0.3.0 hold a GPU's operators beside their kernels; on a CPU operators are all there is."""
+    kernels = [["nvjet", 8, 80.0], ["aten::mm", 8, 80.0], ["_advance", 4, 4.0]]
+    profile = {"decode": {"kernels": kernels, "total_us": 170.0, "steps": 4}}
+    record = {"config": {"where": where}, "payload": {"profile": profile}}
+    rows, total = efficiency_overhead.kernels_of(record, "decode")
+    assert [row for row in rows if row[0] != "aten::mm"] == [("nvjet", 2, 20.0), ("_advance", 1, 1.0)]
+    assert (len(rows), total) == ((2, 22.5) if where == "gpu" else (3, 42.5))
+
+
 def test_first_difference():
     a, b = torch.tensor([[1, 2, 3], [1, 2, 3]]), torch.tensor([[1, 2, 3, 9], [1, 5, 3, 9]])
     assert efficiency_agreement.first_difference(a, a) == [-1, -1]

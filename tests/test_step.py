@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from dyrate_lib import DyRate, FastV, NoReduction, generate
+from dyrate_lib.masks import IMG
 from dyrate_lib.methods import PyramidDrop
+from dyrate_lib.methods.base import PruneState
 from dyrate_lib.models import Adapter
 from dyrate_lib.predictor import RatePredictor
 from dyrate_lib.step import DirectStep, ModuleStep, step_for
@@ -79,6 +81,23 @@ def test_generation_is_the_same_by_either_step(tiny, batch, monkeypatch, name):
     torch.testing.assert_close(ours.logits, stock.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.trace.attention, stock.trace.attention, rtol=0, atol=1e-6)
     assert torch.equal(ours.trace.kept_by_layer, stock.trace.kept_by_layer)
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_reordered_samples_keep_their_own_tokens(asked_before):
+    """What is read is made when somebody asks: before or after samples change places, it goes with its sample."""
+    n, order = 6, torch.tensor([1, 2, 0])
+    random = torch.Generator().manual_seed(0)
+    shares, scores = torch.rand(3, 4, 4, generator=random), torch.rand(3, n, generator=random)
+    columns = torch.arange(n).expand(3, n)
+    states = [PruneState(FastV(2, 0.5), 2, 4, torch.full((3, n), IMG), columns, torch.arange(3)) for _ in range(2)]
+    for state in states:
+        state.start(shares, scores)
+    if asked_before:
+        assert states[1].reads.sum(-1).tolist() == [3, 3, 3]
+    states[1].select(order)
+    assert torch.equal(states[1].reads, states[0].reads[order])
+    assert not torch.equal(states[1].reads, states[0].reads[order[order]])
 
 
 def test_the_tables_of_the_reply_are_made_once(tiny, monkeypatch):

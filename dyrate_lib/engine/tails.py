@@ -18,8 +18,8 @@ MET = 512  # counts, and layouts, that a plan remembers
 
 @dataclass(frozen=True, eq=False)
 class Tail:
-    """The layers from P on for some number of tokens kept. It is equal to itself alone: it stands for a graph, and to hash what
-    it holds at every token takes longer than to queue the graph.
+    """The layers from P on for some number of tokens kept. It is equal to itself alone: it stands for a graph, which is looked
+    up at every token without hashing what the tail holds.
 
     shapes: of their caches; sizes: of the buffers (keys, values, keys, ..); rows: the longest sequence that each layer gets;
     cuts: whether it gets other tokens than the layer before; small: whether a graph is worth its while; layout: one object for
@@ -63,8 +63,8 @@ class Tails:
         sizes: list[tuple[int, ...]] = [
             (plan.batch, info.n_kv_heads, shape.entries, info.head_dim) for shape in shapes for _ in "kv"
         ]
-        small = plan.batch * max(most) <= CAPTURED_ROWS
-        rows = [min(rounded(n, ROWS), plan.columns) for n in most] if self.buckets and small else most
+        near = self.buckets and plan.batch * max(most) <= CAPTURED_ROWS
+        rows = [min(rounded(n, ROWS), plan.columns) for n in most] if near else most
         changes = [True, *map(bool, cuts[1:])]
         key = (tuple(shapes), tuple(rows), tuple(changes))
         if key not in self._made:

@@ -69,10 +69,9 @@ class Tower:
 
     def features(self, pixels: Tensor, ops: TorchOps) -> Tensor:
         """Pictures [P, 3, h, w] through tower and projector: [P n, D]."""
-        if self.odd is not None or self._watch.hooked or pixels.shape[-1] != pixels.shape[-2]:
-            return self._by_modules(pixels)
-        if pixels.shape[-1] != int(self.adapter.config.vision_config.image_size):
-            return self._by_modules(pixels)  # which refuse them
+        config = self.adapter.config.vision_config
+        if self.odd is not None or self.hooked or pixels.shape[-2:] != (config.image_size,) * 2:
+            return self._by_modules(pixels)  # which refuse pictures of another size
         patches = self.patches(pixels.to(self.dtype), ops)
         return self.adapter.project_features(patches).flatten(0, 1)
 

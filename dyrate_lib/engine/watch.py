@@ -39,8 +39,7 @@ class Watch:
     def intact(self) -> bool:
         """Whether all is where it was: nothing moved, cast, given other weights or modules, or hooked since.
 
-        Every call of `generate` asks, before the device has anything to do: so the loops are the interpreter's own, which take
-        a fifth of the time.
+        Every call of `generate` asks, before the device has anything to do: so the loops are the interpreter's own.
         """
         counts = list(map(len, self._hooks))
         if counts != self._counts:

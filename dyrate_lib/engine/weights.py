@@ -140,9 +140,9 @@ def _odd_model(adapter: Adapter) -> str | None:
     if not hasattr(adapter.norm, "variance_epsilon"):
         return f"its last norm is a {type(adapter.norm).__name__}"
     parts = [module for _, _, module in parts_of(adapter)]
-    watched = next((module for module in parts if hooked(module)), None)
-    if watched is not None:
-        return f"a {type(watched).__name__} of it has forward hooks, which would not be called"
+    found_hooked = next((module for module in parts if hooked(module)), None)
+    if found_hooked is not None:
+        return f"a {type(found_hooked).__name__} of it has forward hooks, which would not be called"
     found = {(parameter.device, parameter.dtype) for module in parts for parameter in module.parameters(recurse=False)}
     if len(found) > 1:
         return "its weights lie on several devices or are of several types"

@@ -16,7 +16,7 @@ from typing import Any
 from .. import paths
 from ..datasets import CaptionDataset, open_dataset
 from ..errors import DyRateError, InputError, ResourceError
-from ..loading import SCENES, load_vlm
+from ..loading import SCENES, load_vlm, quietly
 from ..methods import VTW, DyRate, FastV, Method, NoReduction, RandomPrune
 from ..models import ModelInfo, model_info
 from ..predictor import RatePredictor
@@ -124,15 +124,8 @@ class Study(StudyCells, StudyOutput):
         """(model, processor), loaded at the first call."""
         name = self.model_name(key)
         if name not in self._models:
-            from transformers.utils import logging
-
-            bars = logging.is_progress_bar_enabled()
-            logging.disable_progress_bar()  # loading takes moments, and its bar would differ from run to run
-            try:
+            with quietly():  # a bar would differ from run to run
                 self._models[name] = load_vlm(name, dtype=self.dtype(key))
-            finally:
-                if bars:
-                    logging.enable_progress_bar()
         return self._models[name]
 
     def info(self, key: str) -> ModelInfo:

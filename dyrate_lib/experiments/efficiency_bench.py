@@ -49,14 +49,14 @@ def bench(
         methods: keys of Table III; stock runs original and FastV only.
 
     Raises:
-        InputError: counts below 1, fewer than two new tokens, unknown loops or methods. ResourceError: no such GPU.
+        InputError: counts below 1, fewer than two new tokens, unknown loops, methods or device. ResourceError: no such GPU.
     """
-    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    cuda = _on_gpu(device)
     loops = tuple(loops or (("graph", "reference", "stock") if cuda else ("reference", "stock")))
     _check(batch, pictures, new, repeats, loops, methods, cuda)
     name = subject(model, device)
     with quietly():
-        vlm, processor = load_vlm(name, device="cuda" if cuda else "cpu")
+        vlm, processor = load_vlm(name, device=device)
     place, info = next(vlm.parameters()).device, model_info(vlm)
     limits = machine_ceilings(place, 5)
     inputs = _inputs(name, vlm, processor, batch, pictures)
@@ -188,8 +188,14 @@ def _ratios(table: pd.DataFrame) -> None:
 
 def subject(model: str | None = None, device: str | None = None) -> str:
     """The model that is timed: the one named, else LLaVA-1.5-7B's dimensions on a GPU and scenes-small elsewhere."""
-    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    return model or ("random:llava-1.5-7b" if cuda else "scenes-small")
+    return model or ("random:llava-1.5-7b" if _on_gpu(device) else "scenes-small")
+
+
+def _on_gpu(device: str | None) -> bool:
+    try:
+        return torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise InputError(f"there is no device {device!r}: cpu or cuda") from error
 
 
 def _inputs(name: str, vlm: Any, processor: Any, batch: int, pictures: int) -> Any:

@@ -43,9 +43,13 @@ def kernels_of(record: Record, part: str) -> tuple[list[tuple[str, float, float]
     repeat these kernels' time.
     """
     found, gpu = record["payload"]["profile"][part], record["config"]["where"] == "gpu"
-    twice = [row for row in found["kernels"] if gpu and row[0].startswith("aten::")]
-    rows = [(name, n / found["steps"], us / found["steps"]) for name, n, us in found["kernels"] if [name, n, us] not in twice]
-    return rows, (found["total_us"] - sum(us for _, _, us in twice)) / found["steps"]
+    steps, rows, total = found["steps"], [], found["total_us"]
+    for name, calls, us in found["kernels"]:
+        if gpu and name.startswith("aten::"):
+            total -= us
+        else:
+            rows.append((name, calls / steps, us / steps))
+    return rows, total / steps
 
 
 def bookkeeping_us(record: Record, names: tuple[str, ...] = ("_advance",)) -> float | None:

@@ -318,7 +318,7 @@ class PruneState:
 
     def select(self, index: Tensor) -> None:
         """Reorder the samples (beam search): every per-sample tensor takes rows `index`."""
-        for key in ("types", "image_index", "content_key", "present", "n_image", "ranking", "kept", "reads"):
+        for key in ("types", "image_index", "content_key", "present", "n_image", "ranking", "kept", "_reads"):
             value = getattr(self, key)
             if value is not None:
                 setattr(self, key, value.index_select(0, index.to(value.device)))

@@ -71,8 +71,8 @@ class DyRate(Method):
         return layer
 
     def _place(self, device: torch.device) -> None:
-        """A copy of the predictor on `device`: the one from the call before where nothing has changed, for to make one anew takes
-        as long as ten kernels of the model. A predictor on a GPU is copied every time: to compare would make the host wait."""
+        """Have a copy of the predictor on `device`: the last call's where no weight has changed, as copying a module is slow
+        beside a step of a small model. A predictor on a GPU is copied every time: to compare would make the host wait."""
         now = list(self.loaded.state_dict().values())
         here = all(value.device.type == "cpu" for value in now)
         known = self._source

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from dyrate_lib.engine import attention_kernel, small_kernels, tower_kernels, twins
 from dyrate_lib.engine.skinny_kernel import Config, plain, skinny
-from tests.engine_cases import attention_case, check_attention, error
+from tests.engine_cases import attention_case, check_attention, error, lively_tower, stock_features
 from tests.interpreted import DEVICE
 
 CASES = {
@@ -145,16 +144,12 @@ def test_tower():
     from dyrate_lib.engine.tower import Tower
     from dyrate_lib.engine.triton_ops import TritonOps
     from dyrate_lib.models import Adapter
-    from tests.contract import Shape, small_model
 
-    model = copy.deepcopy(small_model(Shape(layers=2, heads=2, kv_heads=2, grid=3, width=32))).to(DEVICE)
-    for parameter in model.model.vision_tower.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    model = lively_tower().to(DEVICE)
     x = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(4)).to(DEVICE)
-    adapter = Adapter(model)
     with torch.no_grad():
-        wanted = torch.cat(list(adapter.picture_features({"pixel_values": x}, torch.float32)))
-        tower = Tower(adapter, torch.device(x.device), torch.float32)
+        wanted = stock_features(model, x)
+        tower = Tower(Adapter(model), torch.device(x.device), torch.float32)
         assert tower.odd is None
         found = tower.features(x, TritonOps())
     assert error(found, wanted) < 1e-5
