@@ -2,7 +2,7 @@
 
 `python -m dyrate_lib plan --model 7b --gpus 8`; the README's sheet is this table (`plan --write README.md`). Counts come from the
 scales, from the tables' own lists of methods and from the committed records of the same cells on scenes. A rate is measured where
-notebook 04 has timed that size at batch 16; elsewhere it is estimated, and says by what.
+notebook 04 has timed that size in that loop at batch 16; elsewhere it is estimated, and says by what.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Rate:
 
 
 @functools.cache
-def _timed(size: str = "7b", batch: int = BATCH) -> tuple[dict[str, Any], str]:
-    """Notebook 04's record of a size at a batch, and what it is called."""
+def _timed(size: str = "7b") -> tuple[dict[str, Any], str]:
+    """Notebook 04's record of a size at batch 16, and what it is called."""
     from .experiments.context import open_study
     from .experiments.efficiency_cells import Cell, record_of
 
     study = open_study("04_efficiency", scale="full", records="committed", progress=False)
     study.store.frozen = True  # timings are read here, never made
-    cell = Cell(size, batch)
+    cell = Cell(size, BATCH)
     record = record_of(study, cell)
     if record is None:
         raise ResourceError(
@@ -90,37 +90,40 @@ def _timed(size: str = "7b", batch: int = BATCH) -> tuple[dict[str, Any], str]:
 def reply_rate(size: str, loop: str = "reference") -> Rate:
     """Seconds a reply of LLaVA-1.5 of a size ("7b" or "13b") in a loop ("reference" or "graph").
 
-    Measured for 7B; 13B's is 7B's times the ratio of their FLOPs, its memory its weights and 7B's rest times the caches' ratio.
+    Measured where the loop was timed at that size; else 7B's times the ratio of their FLOPs, and of memory the weights and 7B's
+    rest times the caches' ratio: notebook 04 times 13B in the graph engine alone.
 
     Raises:
         InputError: another size or loop. ResourceError: the timings are not among the committed records.
     """
     if size not in SIZES or loop not in LOOPS:
         raise InputError(f"there are rates for {' and '.join(SIZES)} in the loops {' and '.join(LOOPS)}, not {size!r}, {loop!r}")
-    record, source = _timed()
+    record, source = _timed(size)
+    if size != "7b" and f"{loop} original" not in record["payload"]["contenders"]:
+        return _estimated(size, reply_rate("7b", loop))
     seconds, peak = {}, 0
     for method in ("original", "dyrate"):
         found = record["payload"]["contenders"][f"{loop} {method}"]
         peak = max(peak, found["peak_bytes"])
         for new, key in ((CAPTION, "wall_ms"), (ANSWER, f"ms_{ANSWER}")):
             seconds[method, new] = float(np.median(found["samples"][key])) / 1000 / BATCH
-    if size == "7b":
-        return Rate(seconds, peak, True, source)
+    return Rate(seconds, peak, True, source)
+
+
+def _estimated(size: str, known: Rate) -> Rate:
     small, large = llava_dimensions("7b"), llava_dimensions(size)
-    for method, new in seconds:
-        seconds[method, new] *= _reply_flops(large, new) / _reply_flops(small, new)
-    rest = (peak - record["payload"]["weights_bytes"]) * kv_bytes(large, 1) / kv_bytes(small, 1)
-    return Rate(seconds, round(2 * parameter_count(large) + rest), False, f"{source}, by the ratio of FLOPs")
+    seconds = {
+        (method, new): each * _reply_flops(large, new) / _reply_flops(small, new) for (method, new), each in known.seconds.items()
+    }
+    rest = (known.memory - _timed()[0]["payload"]["weights_bytes"]) * kv_bytes(large, 1) / kv_bytes(small, 1)
+    return Rate(seconds, round(2 * parameter_count(large) + rest), False, f"{known.source}, by the ratio of FLOPs")
 
 
 def size_ratio() -> tuple[float, float]:
-    """What a reply of 64 tokens costs by 13B over 7B: FLOPs, by which 13B's rates are estimated, and time measured at batch 1."""
+    """What a reply of 64 tokens costs by 13B over 7B: FLOPs, by which rates are estimated, and time in the graph engine."""
     large, small = (_reply_flops(llava_dimensions(size), CAPTION) for size in ("13b", "7b"))
-    walls = [
-        float(np.median(_timed(size, 1)[0]["payload"]["contenders"]["graph original"]["samples"]["wall_ms"]))
-        for size in ("13b", "7b")
-    ]
-    return large / small, walls[0] / walls[1]
+    slower, faster = (reply_rate(size, "graph").seconds["original", CAPTION] for size in ("13b", "7b"))
+    return large / small, slower / faster
 
 
 def _reply_flops(info: ModelInfo, new: int) -> float:
@@ -263,7 +266,7 @@ def plan_table(sizes: Sequence[str] = ("7b",), gpus: int = 8) -> pd.DataFrame:
                     "a second": f"{slow.count / slow.seconds:.1f}" + _other(fast.count / fast.seconds, slow.count / slow.seconds),
                     "one GPU, h": slow.hours(1), f"{gpus} GPUs, h": slow.hours(gpus),
                     f"{gpus} GPUs, graph engine, h": fast.hours(gpus), "memory, GB": slow.memory / 1e9,
-                    "rate": ("measured: " if slow.measured else "estimated: ") + slow.source,
+                    "rate": _source(slow) + (f"; graph engine {_source(fast)}" if fast.measured and not slow.measured else ""),
                 }
             )  # fmt: skip
         total = {
@@ -274,6 +277,10 @@ def plan_table(sizes: Sequence[str] = ("7b",), gpus: int = 8) -> pd.DataFrame:
         }
         rows.append({"model": size.upper(), "stage": "all", "work": "", "a second": "", **total, "rate": ""})
     return pd.DataFrame(rows)
+
+
+def _source(stage: Stage) -> str:
+    return ("measured: " if stage.measured else "estimated: ") + stage.source
 
 
 def _other(fast: float, slow: float) -> str:
@@ -302,8 +309,8 @@ def about(sizes: Sequence[str] = ("7b",)) -> str:
 def _compared() -> str:
     counted, timed = size_ratio()
     return (
-        f"\n13B is estimated to take {counted:.2f} times 7B's time for a caption, the ratio of FLOPs; at batch 1, where both are "
-        f"measured in the graph engine, it is {timed:.2f}."
+        f"\n13B is estimated to take {counted:.2f} times 7B's time for a caption, the ratio of FLOPs; in the graph engine, where "
+        f"both are measured, it is {timed:.2f}."
     )
 
 

@@ -39,6 +39,10 @@ def test_rates_of_13b_are_estimates_from_them():
     info = llava_dimensions("13b"), llava_dimensions("7b")
     ratio = [float(flops(i, 640, 576, np.full((64, i.n_layers), 576))) for i in info]
     assert not large.measured and "by the ratio of FLOPs" in large.source
+    assert plan._timed("13b")[1] == "`latency` 13b:16:576, H200"  # the graph engine's are measured
+    walls = plan._timed("13b")[0]["payload"]["contenders"]["graph dyrate"]["samples"]["wall_ms"]
+    fast = plan.reply_rate("13b", "graph")
+    assert fast.measured and fast.seconds["dyrate", 64] == pytest.approx(np.median(walls) / 16_000)
     assert large.seconds["dyrate", 64] / small.seconds["dyrate", 64] == pytest.approx(ratio[0] / ratio[1])
     assert 26.7e9 < large.memory < 40e9
     counted, timed = plan.size_ratio()
