@@ -65,7 +65,7 @@ test-book: env
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_book.py
 
 test-jobs: env $(VENV)/.jobs
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_slurm.py tests/test_parallel.py -k "job or cluster or queue or accounts"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_slurm.py tests/test_parallel.py -k "test_slurm or job"
 
 # Everything that lmms-eval's tasks here need, and lmms-eval without what it asks for besides (another torch's torchvision).
 lmms: env

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 import tempfile
@@ -180,10 +179,11 @@ def parquet(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
-    for f in (record, predictor, training_state, annotations, picture, notebook, checksum_file, scoreboard, archive, lmms_results)
-}
-if importlib.util.find_spec("pyarrow"):  # of the extra [lmms]
-    TARGETS["parquet"] = parquet
+    for f in (
+        record, predictor, training_state, annotations, picture, notebook, checksum_file, scoreboard, archive, lmms_results,
+        parquet,
+    )
+}  # fmt: skip
 
 
 def seeds(name: str) -> list[bytes]:

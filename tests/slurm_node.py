@@ -66,11 +66,12 @@ def _free_ports(n: int) -> list[int]:
     return ports
 
 
-def _until(true: Callable[[], bool], what: str, log: Path, seconds: float = 60) -> None:
+def _until(true: Callable[[], bool], what: str, *logs: Path, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:
-            raise NoCluster(f"{what}; its log ends: {log.read_text(errors='replace')[-600:]}")
+            ends = [f"{log.name} ends: {' '.join(log.read_text(errors='replace')[-600:].split())}" for log in logs]
+            raise NoCluster(f"{what}; {'; '.join(ends)}")  # in one line, as a skipped test's reason is printed
         time.sleep(0.2)
 
 
@@ -83,7 +84,7 @@ def cluster() -> Iterator[dict[str, str]]:
     """
     missing = [name for name in CLIENTS if not shutil.which(name)]
     if missing:
-        raise NoCluster(f"no SLURM here: no {', '.join(missing)}")
+        raise NoCluster(f"SLURM is not installed: no {', '.join(missing)}")
     if _answers(dict(os.environ)):
         yield {}
         return
@@ -112,9 +113,8 @@ def cluster() -> Iterator[dict[str, str]]:
         own = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         log = start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *own)
         _until((folder / "munge.socket").exists, "munged does not start", log)
-        log = start("slurmctld", "-D", "-i", "-f", env["SLURM_CONF"])
-        start("slurmd", "-D", "-f", env["SLURM_CONF"])
-        _until(lambda: _answers(env), "slurmctld or slurmd does not start", log)
+        logs = start("slurmctld", "-D", "-i", "-f", env["SLURM_CONF"]), start("slurmd", "-D", "-f", env["SLURM_CONF"])
+        _until(lambda: _answers(env), "slurmctld or slurmd does not start", *logs)
         # inside a job the executor takes every SLURM_* variable from srun, the one that says where the cluster is among them
         (folder / "bin").mkdir()
         (folder / "bin" / "srun").write_text(f'#!/bin/sh\nSLURM_CONF={env["SLURM_CONF"]} exec {shutil.which("srun")} "$@"\n')

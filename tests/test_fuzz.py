@@ -23,6 +23,8 @@ from . import fuzz_targets
 FULL = os.environ.get("DYRATE_SOAK") == "full"
 ROOT = Path(__file__).parents[1]
 LIMITS = dict(deadline=None, suppress_health_check=list(HealthCheck))
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow: make soak brings it")
+TARGETS = [pytest.param(name, marks=needs_pyarrow if name == "parquet" else ()) for name in fuzz_targets.TARGETS]
 
 scalars = (
     st.none()
@@ -83,7 +85,7 @@ def damaged(draw, name):
     return json.dumps(document).encode()
 
 
-@pytest.mark.parametrize("name", fuzz_targets.TARGETS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_damaged_input_gives_a_result_or_our_own_error(name):
     @settings(max_examples=3000 if FULL else 150, **LIMITS)
     @given(data=damaged(name))
@@ -93,7 +95,7 @@ def test_damaged_input_gives_a_result_or_our_own_error(name):
     run()
 
 
-@pytest.mark.parametrize("name", fuzz_targets.TARGETS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_odd_documents_of_every_kind(name):
     for data in (
         b"",
@@ -242,7 +244,7 @@ def test_nothing_reads_pickles_or_runs_foreign_code():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fuzz_targets.TARGETS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_atheris(name):
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("atheris is not installed: make soak brings it")
