@@ -140,7 +140,10 @@ class StagedState:
     def _rebuild(
         self, hidden: Tensor, stays: Tensor, merged: Tensor | None, n_merged: list[int], last: Tensor
     ) -> Tensor:
-        """The rows that stay and the merged ones, in order, padded on the left; last [B]: the last image column."""
+        """The rows that stay and the merged ones, in order, padded on the left; last [B]: the last image column.
+
+        Merged rows come behind it, but before a picture's last token that is the prompt's last: its row predicts the reply.
+        """
         rows, width = self.rows, stays.shape[1]
         place = torch.arange(width, device=stays.device).expand_as(stays)
         key = torch.where(stays, 2 * place, -1)
@@ -148,7 +151,8 @@ class StagedState:
         if merged is not None and merged.shape[1]:
             extra = merged.shape[1]
             new = masks.prefix_masks(torch.tensor(n_merged, device=stays.device), extra)
-            key = torch.cat((key, torch.where(new, 2 * last[:, None] + 1, -1)), dim=1)
+            behind = torch.where(last == width - 1, 2 * last - 1, 2 * last + 1)
+            key = torch.cat((key, torch.where(new, behind[:, None], -1)), dim=1)
             types, original = F.pad(types, (0, extra), value=IMG), F.pad(original, (0, extra), value=-1)
             asked = F.pad(asked, (0, extra))
             beside = gather_columns(position_ids, last.clamp(min=0)[:, None].expand(-1, extra))

@@ -80,6 +80,16 @@ def ragged(tiny, alone):
 
 
 @by_method
+def test_a_prompt_that_ends_with_its_picture_keeps_its_last_token_last(tiny, ragged, method):
+    """Its row predicts the reply: a merged token must not come to stand behind it, nor a later cut take it away."""
+    adapter = Adapter(tiny[0])
+    runner = method.runner(adapter, adapter.embed(ragged[3]), 4)
+    runner.prefill()
+    rows = runner.state.rows
+    assert int(rows.original[0, -1]) == int(rows.original.max()) and bool(rows.asked[0, -1])
+
+
+@by_method
 @pytest.mark.parametrize("kind", ["unequal", "ragged"])
 def test_batch_equals_each_alone(tiny, batch, alone, ragged, method, kind):
     model, reply = tiny[0], forced(4, 6)
