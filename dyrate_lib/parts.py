@@ -28,7 +28,11 @@ class Parts:
 
     def read(self) -> None:
         """Takes in the files that have come since the last call, in their order."""
-        for path in sorted(self.folder.glob("*.json.gz")) if self.folder.is_dir() else []:
+        try:
+            files = sorted(self.folder.glob("*.json.gz"))
+        except FileNotFoundError:  # another process has removed the folder while it was read
+            files = []
+        for path in files:
             if path.name in self._seen:
                 continue
             try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from . import masks
 from .checksums import tensors_digest
 from .errors import InputError, ResourceError
+from .records import remove_litter
 
 
 class RatePredictor(nn.Module):
@@ -79,9 +79,7 @@ class RatePredictor(nn.Module):
         head["sha256"] = tensors_digest(json.dumps(head, sort_keys=True), tensors)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed while writing
-                if time.time() - left.stat().st_mtime > 3600:
-                    left.unlink(missing_ok=True)
+            remove_litter(path.parent, f".{path.name}.*.tmp")
             save_file(tensors, temporary, metadata={"rate_predictor": json.dumps(head, sort_keys=True)})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())

@@ -6,6 +6,7 @@ payload, and of the whole). Equal content gives equal bytes; two records of one 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import tempfile
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,6 +101,14 @@ def _replace(path: Path, content: bytes) -> None:
     except BaseException:  # an interrupt, too, must not leave litter
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_litter(folder: Path, pattern: str) -> None:
+    """Removes files that a process killed while writing has left: those of an hour or more, for younger ones may be in use."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process has just put it in its place, or removed it
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
 
 
 def cannot_write(folder: Path, error: OSError) -> ResourceError:

@@ -32,6 +32,7 @@ from .records import (
     hash_inputs,
     read_record,
     record_key,
+    remove_litter,
     sha256,
     to_plain,
     write_record,
@@ -259,9 +260,7 @@ def _prepare(store: Store, name: str, key: str) -> None:
     folder = store.root / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{TEMPORARY}*"):  # of a process that was killed while writing, unless it is recent
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+        remove_litter(folder, f"{TEMPORARY}*")
         for claim in folder.glob(".*.lock"):  # of one that was killed between its record and the end of its claim
             if (folder / claim.name[1 : -len(".lock")]).is_file():
                 claim.unlink(missing_ok=True)

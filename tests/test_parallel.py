@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dyrate_lib import InputError, ResourceError, distributed, jobs
 from dyrate_lib.claims import claimed
@@ -20,7 +21,8 @@ from dyrate_lib.store import get_or_run, run_items
 from . import soak_study
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# as many threads as this process has: sums over them are added in another order
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
 ITEMS = [f"item-{i:02d}" for i in range(24)]
 FORK = get_context("fork")
 

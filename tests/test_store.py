@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from dyrate_lib import records, store
 from dyrate_lib.errors import InputError, RecordError, ResourceError
+from dyrate_lib.parts import Parts
 from dyrate_lib.records import hash_inputs, read_record, record_key, to_plain, write_record
 from dyrate_lib.store import Store, get_or_run, run_items
 
@@ -498,3 +500,34 @@ def test_litter_of_a_killed_writer_is_removed_when_old(tmp_path):
     os.utime(old, (1, 1))
     get_or_run("n", {}, lambda: 1, store=tmp_path)
     assert not old.exists() and recent.exists()
+
+
+def test_files_of_other_writers_that_vanish_while_they_are_looked_at_are_no_error(tmp_path, monkeypatch):
+    """Another process puts its file in place, or removes a finished record's batches, between the listing and the look."""
+    folder = tmp_path / "n"
+    folder.mkdir()
+    real = Path.glob
+
+    def with_a_stranger(self, pattern):
+        return [*real(self, pattern), self / f"{records.TEMPORARY}gone"]
+
+    monkeypatch.setattr(Path, "glob", with_a_stranger)
+    assert get_or_run("n", {}, lambda: 1, store=tmp_path)["payload"] == 1
+    records.remove_litter(folder, f"{records.TEMPORARY}*")
+
+    def of_a_removed_folder(self, pattern):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "glob", of_a_removed_folder)
+    assert Parts(tmp_path / "n" / "0.parts", "0", 3).results == {}
+
+
+def test_many_writers_of_one_folder_do_not_stumble_over_each_other(tmp_path):
+    """Eight threads make 25 records each in one folder: each looks for litter while the others' files come and go."""
+
+    def work(number):
+        return [get_or_run("n", {"of": number, "i": i}, lambda i=i: i, store=tmp_path)["payload"] for i in range(25)]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(work, range(8))) == [list(range(25))] * 8
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 200
