@@ -190,6 +190,23 @@ def test_to_plain_of_arrays_and_tensors():
 # ----------------------------------------------------------------------------------------------------------- damage
 
 
+_TRICKY = st.sampled_from(['","sha256":{', '"payload":1,', "\\", '"', "é", "\ud800", ",\"provenance\":{}"]) | st.text(max_size=5)
+
+
+@given(
+    st.recursive(st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _TRICKY,
+                 lambda v: st.lists(v, max_size=3) | st.dictionaries(_TRICKY, v, max_size=3), max_leaves=8),
+    st.dictionaries(_TRICKY, _TRICKY, max_size=2),
+)  # fmt: skip
+def test_checksums_from_the_text_are_those_of_the_content(payload, config):
+    content = {"format": 1, "name": "n", "config": config, "inputs": [], "provenance": {"device": "d"}, "payload": payload}
+    sums = records.checksums(content)
+    text = records.canonical({**content, "sha256": sums})
+    assert records._checksums_of(text, content, sums) == sums
+    spaced = json.dumps({**content, "sha256": sums}).encode()  # not the text we write: the content is written again
+    assert records._checksums_of(spaced, content, sums) is None
+
+
 def test_every_altered_byte_is_noticed(tmp_path):
     get_or_run("n", {"x": 1}, lambda: {"tokens": [1, 2, 3]}, store=tmp_path)
     path = only_file(tmp_path)
