@@ -20,7 +20,7 @@ from .attention import image_scores, row_attention, shares_by_type
 from .errors import InputError
 from .hooks_pictures import PictureWatch
 from .layout import gather_columns, take_entries
-from .masks import PAD, RES
+from .masks import IMG, PAD, RES
 from .methods.base import PRUNED, Method, PruneState
 from .models import Adapter, Prompt
 
@@ -184,6 +184,11 @@ class StockPruning(PictureWatch):
     def _pruning(self, prompt: Prompt) -> Any:
         """What a new batch carries with its cache."""
         types, index, key = prompt.types, prompt.image_index, prompt.content_key
+        if self._implementation == "flash" and bool((types[:, -1] == IMG).any()):
+            raise InputError(
+                "A prompt ends with its picture: its last row reads what others do not, which takes a mask that flash attention "
+                "does not know. Load the model with 'sdpa' or 'eager', or put text behind the picture."
+            )
         return _CachedPruning(prompt, PruneState(self.method, self.layer, self.adapter.n_layers, types, index, key))
 
     # -- layer P - 1 tells, layers >= P obey ---------------------------------------------------------------------
@@ -235,7 +240,9 @@ class StockPruning(PictureWatch):
             columns, occupied = state.tail()
             now.text = occupied[:, n:]
             now.padded = not bool(now.text.all())
-            self._slots = torch.argsort(torch.where(occupied, columns, -1), dim=-1, stable=True)
+            rows = torch.where(occupied, columns, -1)
+            rows[:, -1] = columns[:, -1]  # the last token's row, to be read by others or not
+            self._slots = torch.argsort(rows, dim=-1, stable=True)
             self._columns = torch.gather(columns, 1, self._slots)
             hidden = gather_columns(hidden, self._columns)
             cache = kwargs.get("past_key_values")

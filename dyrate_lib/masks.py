@@ -112,10 +112,15 @@ def tail_order(types: Tensor, image_index: Tensor, ranking: Tensor, n_slots: int
     Lowest rank first means that dropping more tokens later only moves the start of what is read: a length, not a copy.
     types [B, T], image_index [B, N], ranking [B, N]. Returns columns [B, n_slots + text] int64 (into T) and the same
     shape bool: True where the slot holds a token of that row. Text is right-aligned, so the last slot is the last token.
+
+    The reply starts from the last token's row, whatever is kept. So an image token at the end has the last slot besides its
+    own, as a row that reads and that nobody else reads (False): what it tells others, it tells from its own slot, if kept.
     """
     text = (types != IMG) & (types != PAD)
-    n_text = int(text.sum(-1).max())
-    text_columns = torch.argsort(text.long(), dim=-1, stable=True)[:, text.shape[1] - n_text :]
+    carried = text.clone()
+    carried[:, -1] = True
+    n_text = int(carried.sum(-1).max())
+    text_columns = torch.argsort(carried.long(), dim=-1, stable=True)[:, text.shape[1] - n_text :]
     text_valid = torch.gather(text, 1, text_columns)
     image = torch.gather(image_index, 1, ranking[:, :n_slots].flip(-1)) if n_slots else image_index[:, :0]
     columns = torch.cat((image.clamp(min=0), text_columns), dim=1)
@@ -130,8 +135,9 @@ def slot_reads(reads: Tensor, ranking: Tensor, n_slots: int) -> Tensor:
 def causal_allowed(positions: Tensor, readable: Tensor) -> Tensor:
     """Which slot may read which: [B, S] positions and [B, S] bool to [B, 1, S, S] bool.
 
-    A slot reads readable slots at its own position or before, and always itself (eq. 6), so that no row is empty.
+    A slot reads readable slots at positions before its own, and always itself (eq. 6), so that no row is empty and none reads
+    its own token twice (`tail_order`).
     """
-    allowed = (positions[:, None, :] <= positions[:, :, None]) & readable[:, None, :]
+    allowed = (positions[:, None, :] < positions[:, :, None]) & readable[:, None, :]
     eye = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     return (allowed | eye)[:, None]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import Unsupported
 from ..generation import GenerationOutput, Trace
 from ..layout import Prompt
+from ..methods.staged import Staged
 from ..request import Request
 from .batch import elaborate, take_in
 from .choice import Choice
@@ -47,6 +48,12 @@ def _run(engine: Engine, request: Request) -> GenerationOutput:
             f"The graph engine watches for up to {MOST_ENDS} end tokens, got {len(request.ends)}. Use engine='reference'."
         )
     inputs = request.inputs
+    if 0 < request.layer < engine.adapter.n_layers and not isinstance(method, Staged):
+        if bool((inputs["input_ids"][:, -1] == engine.adapter.image_token_id).any()):
+            raise Unsupported(
+                "A prompt ends with its picture, whose last token's row then starts the reply whether it is kept or not: the "
+                "graph engine carries no such row. Use engine='reference', or put text behind the picture."
+            )
     if elaborate(engine.adapter, method, request.copies):  # else the host lays the batch out
         inputs = {key: value.to(engine.device) for key, value in inputs.items()}
     columns = engine.columns(*inputs["input_ids"].shape)
