@@ -230,7 +230,9 @@ class StagedState:
         present = memory.types[:, image] != PAD
         fresh = keys.shape[2] - (memory.types.shape[1] - memory.start)
         attention = row_attention(q, keys, memory.readable(fresh)).mean(1)[:, 0, : present.shape[1]]
-        keep = keep_best(attention.masked_fill(~present, -torch.inf), counts) & present
+        # slots hold the last image token first, and of equal ones the earlier stays, as at a cut
+        scores = attention.masked_fill(~present, -torch.inf).flip(-1)
+        keep = keep_best(scores, counts).flip(-1) & present
         order = torch.argsort(keep.long(), dim=-1, stable=True)
         stays = torch.gather(keep, 1, order)
         memory.types, memory.original = memory.types.clone(), memory.original.clone()

@@ -173,12 +173,15 @@ class StagedRun:
         ops.emit(state, self.choice(state), True)
 
     def _let_go(self, index: int, listed: Tensor, scores: Tensor) -> None:
-        """Put a layer's list in the order of the newest row's attention, and let the pass's count cut it off."""
-        kept = self.state.kept[index]
-        row = scores.gather(2, listed.long()[:, None].expand(-1, scores.shape[1], -1)).exp().mean(1)
-        held = masks.prefix_masks(kept, listed.shape[1])
-        order = masks.rank_tokens(row, held)
-        listed.copy_(torch.gather(listed, 1, order))
+        """Put a layer's list in the order of the newest row's attention, and let the pass's count cut it off.
+
+        Entries hold the last image token first, so they are ranked from behind: of equal ones the earlier token stays.
+        """
+        kept, slots = self.state.kept[index], listed.shape[1]
+        first = masks.prefix_masks(kept, slots)
+        held = torch.zeros_like(first).scatter(1, listed.long(), first)
+        row = scores[:, :, :slots].exp().mean(1)
+        listed.copy_(slots - 1 - masks.rank_tokens(row.flip(-1), held.flip(-1)))
         torch.minimum(kept, self.held.counts.index_select(0, self.state.step)[0, index], out=kept)
 
     def _note(self) -> None:
