@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyrate_lib import ST3, CDPruner, FastV, InputError, PyramidDrop, SparseVLM, generate
 from dyrate_lib.clustering import cluster_and_merge
+from dyrate_lib.engine import eager_engine
 from dyrate_lib.masks import IMG, INS, PAD, SYS
 from dyrate_lib.methods.sparsevlm import rank_deficit, text_raters
 from dyrate_lib.methods.staged import Staged, keep_best, scale_cuts
 from dyrate_lib.models import Adapter
 from dyrate_lib.staged_decoder import StagedDecoder
+from tests.contract import random_batch, small_model
 from tests.tiny_families import FAMILIES, model_of, stock_inputs
 
 TOLERANCE = 1e-4
@@ -302,6 +305,27 @@ def test_st3_dropping_is_final_and_follows_the_newest_query(tiny, alone):
     other = generate(tiny[0], alone(1), method, forced_tokens=forced(1, 9, seed=5)).trace
     assert set(other.kept_at(0, 6).tolist()) != sets[6]  # another reply, other tokens
     assert other.kept_at(0, 0).tolist() == trace.kept_at(0, 0).tolist()
+
+
+def test_st3_keeps_the_earlier_of_equal_tokens():
+    """Queries of zero attend to all alike: at the cuts and in every loop the first tokens of the picture stay."""
+    model = copy.deepcopy(small_model())  # which others share
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    batch = random_batch(6, [(3, 4, True), (5, 1, False), (7, 9, True)], seed=1)
+    method, engine = ST3(2, 3, 0.7, floor=0.2, horizon=5), eager_engine(model)
+    try:
+        for loop in ("reference", engine):
+            trace = generate(model, batch, method, 7, eos_token_id=[], engine=loop).trace
+            counts = method.plan(36, 8, 7)[:, 2].tolist()
+            for row, n in ((0, 1), (1, 0), (2, 1)):
+                assert [trace.kept_at(row, t).tolist() for t in range(7)] == [list(range(n * count)) for count in counts]
+        out = generate(model, batch, method, 7, eos_token_id=[], engine="reference")
+    finally:
+        engine.release()
+    with method(model):
+        stock = model.generate(**batch, max_new_tokens=7, do_sample=False, eos_token_id=None)
+    assert torch.equal(stock, out.sequences)
 
 
 # -- what a model or a caller cannot have --------------------------------------------------------------------------------
