@@ -9,11 +9,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import masks
 from .checksums import tensors_digest
-from .errors import InputError, ResourceError
+from .errors import InputError, ResourceError, check_whole
 from .records import remove_litter
 
 
@@ -32,8 +33,8 @@ class RatePredictor(nn.Module):
         self, n_heads: int, n_rates: int = 10, layer: int | None = None, metadata: dict[str, Any] | None = None
     ) -> None:
         super().__init__()
-        if n_heads < 1 or n_rates < 1 or (layer is not None and layer < 1):
-            raise InputError(f"n_heads, n_rates and layer must be at least 1, got {n_heads}, {n_rates}, {layer}.")
+        for name, value in (("n_heads", n_heads), ("n_rates", n_rates), ("layer", 1 if layer is None else layer)):
+            check_whole(f"RatePredictor: {name}", value, 1)
         self.n_heads, self.n_rates, self.layer = n_heads, n_rates, layer
         self.metadata = dict(metadata or {})
         self.linear = nn.Linear(4 * n_heads, n_rates)
@@ -46,7 +47,7 @@ class RatePredictor(nn.Module):
         return masks.rates(self.n_rates)
 
     def forward(self, shares: Tensor) -> Tensor:
-        """[.., n_heads, 4] attention shares to [.., n_rates] logits, in float32.
+        """[.., n_heads, 4] attention shares to [.., n_rates] logits, in float32 whatever the weights' dtype.
 
         Raises:
             InputError: the shares come from another number of heads.
@@ -56,7 +57,8 @@ class RatePredictor(nn.Module):
                 f"This predictor reads {self.n_heads} heads x 4 token types, got {tuple(shares.shape[-2:])}: "
                 "it was trained for another model; train one for this model (train_predictor)."
             )
-        return self.linear(shares.float().flatten(-2))
+        # a predictor may have been moved to the model's half precision; shares are float32
+        return F.linear(shares.float().flatten(-2), self.linear.weight.float(), self.linear.bias.float())
 
     def flops(self) -> int:
         """FLOPs of one call for one row: two per weight and one per bias."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Unsupported
+from ..errors import Unsupported
 from ..methods.base import Method, imagined_counts
 from ..methods.before import BeforeLLM
 from ..methods.dyrate import DyRate
@@ -146,8 +146,7 @@ def _course(method: Method, n_image: Tensor, steps: int, n_heads: int) -> Tensor
 
 def _rate_course(method: RatePath, n_image: Tensor, steps: int) -> Tensor:
     rows = method._rows()
-    if len(rows) not in (1, n_image.shape[0]):
-        raise InputError(f"RatePath has rates for {len(rows)} samples, the batch holds {n_image.shape[0]}.")
+    method.check_rows(n_image.shape[0])
     path = [[row[min(step, len(row) - 1)] for row in rows] for step in range(steps)]
     now = torch.tensor(path, dtype=torch.float64).to(n_image.device)
     return n_image - torch.floor(now * n_image + 1e-9).long()

@@ -78,8 +78,9 @@ class Method:
         if (
             self.layer is None
             or isinstance(self.layer, bool)
-            or int(self.layer) != self.layer
+            or not isinstance(self.layer, Real)
             or not 1 <= self.layer < n_layers
+            or int(self.layer) != self.layer
         ):
             raise InputError(
                 f"{type(self).__name__}: layer={self.layer} is out of range: layers 0..layer-1 see every token, so choose a "
@@ -90,6 +91,9 @@ class Method:
     def prepare(self, n_layers: int, n_heads: int, device: torch.device) -> int:
         """Check the settings against a model before any work; returns P."""
         return self.resolve_layer(n_layers)
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a batch of `rows` samples that the settings do not fit, before any work. Default: any number will do."""
 
     def order(self, view: PrefillView) -> Tensor:
         """Image tokens from the most to the least important, [B, N] int64. Default: FastV's rule."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
+from ..errors import check_whole
 from .base import Method, PrefillView, check_rate, round_kept
 
 
@@ -27,6 +28,7 @@ class RandomPrune(Method):
 
     def __post_init__(self) -> None:
         check_rate(self, self.rate)
+        check_whole("RandomPrune: seed", self.seed)
 
     def order(self, view: PrefillView) -> Tensor:
         rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -28,9 +29,22 @@ class RatePath(Method):
     name: ClassVar[str] = "path"
 
     def __post_init__(self) -> None:
-        if len(self.rates) == 0:
+        if self.rank not in ("prefill", "step"):
+            raise InputError(f"RatePath: rank={self.rank!r} must be 'prefill' or 'step'.")
+        try:
+            listed = not isinstance(self.rates, str | bytes | Mapping)  # these would be read letter by letter, or by their keys
+            rows = self._rows() if listed and len(self.rates) else []
+        except InputError:
+            raise
+        except (TypeError, ValueError, LookupError):
+            listed = False
+        if not listed:
+            raise InputError(
+                f"RatePath: rates={self.rates!r} must be a list of numbers from 0 to 1, one a step, or one such list a sample."
+            )
+        if not rows:
             raise InputError("RatePath: give at least one rate.")
-        for row in self._rows():
+        for row in rows:
             for rate in row:
                 check_rate(self, rate)
 
@@ -41,10 +55,16 @@ class RatePath(Method):
             raise InputError("RatePath: a sample has no rate; give each at least one.")
         return rows
 
+    def check_rows(self, rows: int) -> None:
+        given = len(self._rows())
+        if given not in (1, rows):
+            raise InputError(
+                f"RatePath has rates for {given} samples, the batch holds {rows}: give one list a sample, or one for all."
+            )
+
     def _kept(self, step: int, n_image: Tensor) -> Tensor:
         rows = self._rows()
-        if len(rows) not in (1, n_image.shape[0]):
-            raise InputError(f"RatePath has rates for {len(rows)} samples, the batch holds {n_image.shape[0]}.")
+        self.check_rows(n_image.shape[0])
         now = torch.tensor([row[min(step, len(row) - 1)] for row in rows], dtype=torch.float64, device=n_image.device)
         # 1e-9: a rate such as 0.3 is stored a hair low or high, floor must not lose or gain a token by it
         return n_image - torch.floor(now * n_image + 1e-9).long()
@@ -68,8 +88,11 @@ class DepthPrune(Method):
     name: ClassVar[str] = "depth"
 
     def __post_init__(self) -> None:
-        if not self.rates:
-            raise InputError("DepthPrune: give at least one layer and its rate.")
+        if not isinstance(self.rates, Mapping) or not self.rates:
+            raise InputError(f"DepthPrune: rates={self.rates!r} must give at least one layer and its rate, as in {{3: 0.5}}.")
+        for layer in self.rates:
+            if isinstance(layer, bool) or not isinstance(layer, Real) or not float(layer).is_integer():
+                raise InputError(f"DepthPrune: {layer!r} is no layer: give whole numbers and their rates, as in {{3: 0.5}}.")
         ordered = sorted(self.rates.items())
         for _, rate in ordered:
             check_rate(self, rate)

@@ -102,6 +102,9 @@ class SparseVLM(Staged):
             )
         if self.counts is not None and not (isinstance(self.counts, Sequence) and all(map(_is_count, self.counts))):
             raise InputError(f"SparseVLM: counts={self.counts!r} must be whole numbers, or shares from 0 to 1.")
+        given = self.counts or ()
+        if any(n == 1 and isinstance(n, Integral) for n in given) and any(0 < n < 1 for n in given):
+            raise InputError(f"SparseVLM: counts={self.counts!r}: the whole number 1 is one token; write 1.0 to keep all.")
         if not self.adaptive and len(self._counts) != len(self._layers):
             raise InputError(f"SparseVLM: {len(self._counts)} counts for {len(self._layers)} layers; give one a layer.")
         numbers = (self.merge_fraction, self.cluster_size, self.scale, self.bias)

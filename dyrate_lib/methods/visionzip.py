@@ -43,8 +43,8 @@ class VisionZip(BeforeLLM):
     def kept_count(self, n_image: int) -> int:
         if self.dominant + self.contextual > n_image:
             raise InputError(
-                f"VisionZip: {self.dominant} dominant and {self.contextual} contextual tokens are more than the {n_image} "
-                "of a picture: choose fewer."
+                f"VisionZip: {self.dominant} dominant tokens (CLS is one of them) and {self.contextual} contextual ones are "
+                f"more than the {n_image} of a picture, so nothing would be saved: choose fewer."
             )
         return self.dominant + self.contextual
 
