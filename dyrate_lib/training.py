@@ -19,12 +19,13 @@ from torch import Tensor
 
 from . import distributed, masks
 from .accounting import flop_steps
-from .errors import InputError
+from .errors import InputError, check_whole
 from .loading import prepare_inputs
 from .models import Adapter, ModelInfo, Prompt, model_info
 from .predictor import RatePredictor
 from .prompts import chat_prompt
 from .teacher_forcing import TeacherForced, masked_logits, read_prompt_and_response
+from .training_checks import check_references, check_settings, warn_if_out_of_reach
 
 _SCALING_BATCHES = 8  # batches whose shares set the scale of the classifier's inputs
 _WARM_STEPS, _WARM_LR = 200, 0.05  # the bias is fitted to the budget first; this costs no pass of the model
@@ -141,18 +142,21 @@ def train_predictor(
     tau: temperature of the distribution from the first to the last step, geometric; at the end a draw is nearly the
     argmax that inference takes. lr: of Adam at the first step, falling linearly to nothing.
     Before the first step the bias alone is fitted to the budget, so that training starts from a schedule that costs what
-    is asked and does not look at the picture: whatever the classifier adds, it adds to that.
+    is asked and does not look at the picture: whatever the classifier adds, it adds to that. A target below what the highest
+    rate costs cannot be met, as text and the layers before P are never pruned: the log is warned, and told the range.
 
     Raises:
-        InputError: a setting out of range, or fewer rows in a batch than processes; raised before the model runs.
+        InputError: a setting out of range, or fewer rows in a batch than processes; raised before the model runs. An item
+            without references: before the model runs if `dataset` is a list, else when it is drawn.
     """
     adapter, info = Adapter(model), model_info(model)
-    if not 0 < target <= 1:
-        raise InputError(f"target={target} must be a FLOPs ratio in (0, 1].")
-    if not 1 <= layer < adapter.n_layers:
-        raise InputError(f"layer={layer} is out of range: choose 1..{adapter.n_layers - 1} for this model.")
-    if steps < 1 or batch_size < 1 or min(tau) <= 0:
-        raise InputError("steps and batch_size must be at least 1, temperatures above 0.")
+    check_settings(
+        adapter.n_layers, target=target, convention=convention, layer=layer, lr=lr, lam=lam, tau=tau, steps=steps,
+        batch_size=batch_size, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    check_whole("seed", seed)
+    for number, item in enumerate(dataset if isinstance(dataset, list | tuple) else ()):  # others may be costly to go through
+        check_references(item, number)
     if len(dataset):
         distributed.rows(min(batch_size, len(dataset)))
     from tqdm.auto import tqdm
@@ -170,6 +174,8 @@ def train_predictor(
         """This process's rows of the next batch, and the lengths of all its responses."""
         indices = next(batches)
         items = [dataset[i] for i in indices]
+        for i, item in zip(indices, items, strict=True):
+            check_references(item, i)
         picks = [int(torch.randint(len(item.references), (1,), generator=draw)) for item in items]
         texts = [item.references[pick] for item, pick in zip(items, picks, strict=True)]
         response, lengths = encode_responses(processor.tokenizer, texts, max_new_tokens, device)
@@ -180,7 +186,9 @@ def train_predictor(
     first = [read_batch() for _ in range(_SCALING_BATCHES)]
     rows = [f.shares[b, : ns[i]] for f, _, ns in first for b, i in enumerate(distributed.rows(len(ns)))]
     scaled = _Scaled(predictor, torch.cat(rows))
-    _fit_bias(predictor, [(_Lengths.of_all(f.prompt, len(ns)), ns) for f, _, ns in first[:2]], ratio_of, target, tau[0])
+    shapes = [(_Lengths.of_all(f.prompt, len(ns)), ns) for f, _, ns in first[:2]]
+    warn_if_out_of_reach(shapes, ratio_of, target)
+    _fit_bias(predictor, shapes, ratio_of, target, tau[0])
     learner = distributed.as_shared(scaled)
     del first, rows
     for step in tqdm(range(steps), desc=f"predictor, target {target}", disable=not progress or distributed.rank() > 0):
