@@ -121,16 +121,24 @@ def attention_shares(model: Any, inputs: Any, response_ids: Tensor, layers: list
     token t - 1, i.e. the row that predicts response token t. Shares are of sys, img, ins, res and sum to 1.
 
     Raises:
-        InputError: a layer out of range, or responses of another batch size.
+        InputError: a layer out of range, none, responses of another batch size, or more than the model's context holds.
     """
+    from .layout import check_inputs
     from .models import Adapter
 
     adapter = Adapter(model)
     wanted = list(range(adapter.n_layers)) if layers is None else list(layers)
-    if any(not 0 <= layer < adapter.n_layers for layer in wanted):
-        raise InputError(f"Layers {wanted} are not all in 0..{adapter.n_layers - 1}.")
-    if response_ids.ndim != 2 or response_ids.shape[0] != inputs["input_ids"].shape[0]:
+    if not wanted or any(not 0 <= layer < adapter.n_layers for layer in wanted):
+        raise InputError(f"Layers {wanted} must be at least one, all in 0..{adapter.n_layers - 1}.")
+    check_inputs(inputs)
+    rows, length = inputs["input_ids"].shape
+    if response_ids.ndim != 2 or response_ids.shape[0] != rows:
         raise InputError(f"response_ids must be [batch, tokens] for the same batch, got {tuple(response_ids.shape)}.")
+    if length + response_ids.shape[1] > adapter.max_length:
+        raise InputError(
+            f"Prompt ({length} tokens) and response ({response_ids.shape[1]}) exceed the model's context of "
+            f"{adapter.max_length}: shorten one of them."
+        )
     prompt = adapter.embed(inputs)
     start, steps = prompt.types.shape[1] - 1, response_ids.shape[1]
     x, types, position_ids = with_response(adapter, prompt, response_ids)

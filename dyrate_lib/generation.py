@@ -89,7 +89,12 @@ class GenerationOutput:
         return [text.strip() for text in self.processor.batch_decode(rows, skip_special_tokens=True)]
 
     def sample_flops(self, sample: int, convention: str = "cached") -> Flops:
-        """FLOPs of one sample, up to its last valid step (see `accounting.flops` for the conventions)."""
+        """FLOPs of one sample, up to its last valid step (see `accounting.flops` for the conventions).
+
+        Of the model alone: DyRate's predictor is not among them. It takes 2 * 4 H * K + K a step for H heads and K rates
+        (`RatePredictor.flops()`; steps: `trace.valid.sum(1)`), in `accounting.flops(..., n_rates=K)` the part "predictor",
+        its K additions left out.
+        """
         from .accounting import combine, flops
 
         steps = int(self.trace.valid[sample].sum())
@@ -106,7 +111,10 @@ class GenerationOutput:
         return flops(self.info, length, n_image, kept, convention, vision=vision)
 
     def flops(self, convention: str = "cached") -> Flops:
-        """FLOPs of the whole batch, padding not counted: a float with `.by_part`, `.unpruned` and `.ratio`."""
+        """FLOPs of the whole batch, padding not counted: a float with `.by_part`, `.unpruned` and `.ratio`.
+
+        DyRate's predictor is left out, see `sample_flops`.
+        """
         from .accounting import combine
 
         return combine([self.sample_flops(b, convention) for b in range(self.sequences.shape[0])])

@@ -5,8 +5,9 @@ Pure tensor functions. How a family's pictures become tokens is the adapter's pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,6 +176,17 @@ def _pixel_sums(flat: Tensor) -> Tensor:
     return (values * weights).sum(-1)
 
 
+def check_inputs(inputs: Any) -> None:
+    """Refuse what is no prepared batch at all, whatever its model. Raises InputError."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise InputError("inputs must hold input_ids [B, T], as prepare_inputs() makes them.")
+    if ids.shape[0] == 0:
+        raise InputError("inputs hold no prompt: input_ids must have at least one row.")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"input_ids must be token numbers (int64), got {ids.dtype}.")
+
+
 def check_batch(input_ids: Tensor, attention_mask: Tensor | None, max_length: int) -> None:
     """Refuse ids and mask that the model would misread, before any work.
 
@@ -190,6 +202,9 @@ def check_batch(input_ids: Tensor, attention_mask: Tensor | None, max_length: in
             f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ in shape."
         )
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        empty = (~attention_mask.bool().any(-1)).nonzero()[:, 0].tolist()
+        if empty:
+            raise InputError(f"attention_mask is 0 in all of row {empty[0]}: a prompt needs at least one token that is read.")
         raise InputError("The batch is padded on the right; set processor.tokenizer.padding_side = 'left' to generate.")
     if input_ids.shape[1] > max_length:
         raise InputError(

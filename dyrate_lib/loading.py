@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,20 @@ def prepare_inputs(
     pixel_values [pictures, 3, h, w] float32 for LLaVA-1.5 (see the adapters for the others).
 
     Raises:
-        InputError: not an image; placeholders (`<image>`, or the processor's own) and pictures that do not match in
-            number, prompt by prompt; a prompt longer than `max_length` tokens.
+        InputError: no processor, or no lists; not an image; placeholders (`<image>`, or the processor's own) and pictures
+            that do not match in number, prompt by prompt; a prompt longer than `max_length` tokens.
     """
-    from .images import load_image
+    from .images import ImageSource, load_image
     from .models import families
 
+    if getattr(processor, "tokenizer", None) is None:
+        raise InputError(f"A processor is needed, got {type(processor).__name__}: pass the second of what load_vlm() returned.")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise InputError(f"prompts must be a list of texts, got {type(prompts).__name__}: write [prompt] for a single one.")
+    if images is not None and (isinstance(images, ImageSource) or not isinstance(images, Iterable)):
+        raise InputError(
+            f"images must be a list, one entry for each prompt, got {type(images).__name__}: write [picture] for a single one."
+        )
     images = list(images) if images is not None else [None] * len(prompts)
     if not prompts:
         raise InputError("No prompts were given: pass at least one.")
@@ -90,16 +99,20 @@ def prepare_inputs(
 
 
 def _device_and_dtype(device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
-    device = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except (RuntimeError, TypeError) as error:  # torch's own words list two dozen kinds
+        raise InputError(f"device={device!r} is none that torch knows: pass 'cpu', 'cuda' or 'cuda:1'.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "A GPU was asked for (device='cuda') but torch sees none: use device='cpu', or install a CUDA build."
         )
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(known, torch.dtype) or not known.is_floating_point:
+        raise InputError(f"dtype={dtype!r} is no precision of weights: pass 'float32', 'bfloat16' or 'float16'.")
+    return device, known
 
 
 def load_vlm(
@@ -114,8 +127,8 @@ def load_vlm(
     device: None takes a GPU where there is one. dtype: None is float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
-        ResourceError: weights, a package that the processor needs, or a GPU missing. InputError: the folder holds a model of
-            another family, or a file that its SHA256SUMS does not fit.
+        ResourceError: weights, a package that the processor needs, or a GPU missing. InputError: the name, device or dtype is
+            unknown; the folder holds a model of another family, or a file that its SHA256SUMS does not fit.
     """
     device, dtype = _device_and_dtype(device, dtype)
     name = str(name)
@@ -155,6 +168,13 @@ def _pretrained_vlm(name: str, device: torch.device, dtype: torch.dtype, attn: s
         raise ResourceError(
             f"{name} is not in {paths.checkpoints()}: `dyrate fetch PATH` copies it there from a checkout, a folder "
             "or an archive; or set DYRATE_HOME to a checkout."
+        )
+    if not looks_local and "/" not in name:  # a hub id has one; without this the hub would be asked for half a minute
+        ours = [*SCENES, *(f"random:{kind}" for kind in _LLAVA_DIMS)]
+        near = difflib.get_close_matches(name, ours, cutoff=0.4) or ours
+        raise InputError(
+            f"{name!r} is no folder, and no model of that name is known: did you mean {' or '.join(near)}? A hub id names its "
+            "owner, too, as in 'llava-hf/llava-1.5-7b-hf'."
         )
     if looks_local and not (Path(source) / "config.json").is_file():
         raise ResourceError(

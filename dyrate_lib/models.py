@@ -88,6 +88,8 @@ class Adapter(ClipTower):
         return super().__new__(adapter_class(model) if cls is Adapter and model is not None else cls)
 
     def __init__(self, model: Any) -> None:
+        if model is None:
+            adapter_class(model)  # says what is supported; `__new__` lets None pass, for copies
         self.model = model
         self.core: Any = model.model
         self.language_model: Any = getattr(self.core, self.decoder)
@@ -138,7 +140,12 @@ class Adapter(ClipTower):
 
     def picture_sizes(self, inputs: Mapping[str, Any]) -> list[int]:
         """Image tokens of every picture of the batch, in order."""
-        return [self.info().n_image_tokens] * inputs["pixel_values"].shape[0]
+        shape, side = list(inputs["pixel_values"].shape), self.info().image_size
+        if len(shape) != 4 or shape[-2:] != [side, side]:
+            raise InputError(
+                f"pixel_values must be [pictures, 3, {side}, {side}] for this model, got {shape}: use its own processor."
+            )
+        return [self.info().n_image_tokens] * shape[0]
 
     def picture_crops(self, inputs: Mapping[str, Any]) -> list[int]:
         """How many inputs of the vision tower each picture is."""
@@ -321,7 +328,7 @@ class Adapter(ClipTower):
         return self.model.lm_head(self.norm(x))
 
 
-def adapter_class(model: nn.Module) -> type[Adapter]:
+def adapter_class(model: nn.Module | None) -> type[Adapter]:
     """The adapter of a model's family. Raises InputError where there is none."""
     name = type(model).__name__
     found = next((family for family in families() if name in family.classes), None)

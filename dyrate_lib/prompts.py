@@ -6,6 +6,8 @@ types of the study exist: `sys` (everything before the image), `img`, `ins` (aft
 
 from __future__ import annotations
 
+from .errors import check_whole
+
 IMAGE_TOKEN = "<image>"
 
 SYSTEM_PROMPT = (
@@ -23,6 +25,9 @@ def chat_prompt(user_text: str, image: bool | int = True) -> str:
 
     Returns:
         ``"{SYSTEM_PROMPT} USER: <image>\\n{user_text} ASSISTANT:"`` (without the image part if ``image`` is false).
+
+    Raises:
+        InputError: a number of pictures that is no whole number, or below 0.
     """
-    placeholder = f"{IMAGE_TOKEN}\n" * int(image)
+    placeholder = f"{IMAGE_TOKEN}\n" * check_whole("image", int(image) if isinstance(image, bool) else image, 0)
     return f"{SYSTEM_PROMPT} USER: {placeholder}{user_text} ASSISTANT:"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, check_whole
+from .layout import check_inputs
 from .methods.base import PRUNED, Method
 from .methods.none import NoReduction
 from .models import Adapter
@@ -31,6 +32,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_whole("seed", self.seed)
         if not self.repetition_penalty > 0:
             raise InputError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}.")
         if self.do_sample and not (self.temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
@@ -122,41 +125,74 @@ def check_request(
         raise InputError(f"method must be a Method such as FastV(), or None; got {type(method).__name__}.")
     if getattr(model, PRUNED, False):
         raise InputError("This model is being pruned by a context: leave it first, or call model.generate inside it.")
+    check_inputs(inputs)
     found = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
-    if "input_ids" not in found or found["input_ids"].ndim != 2:
-        raise InputError("inputs must hold input_ids [B, T], as prepare_inputs() makes them.")
-    rows, length = found["input_ids"].shape
+    (rows, length), vocabulary = found["input_ids"].shape, adapter.core.get_input_embeddings().weight.shape[0]
+    if found["input_ids"].device.type == "cpu":  # elsewhere a look at them would make the host wait
+        _check_tokens("input_ids", found["input_ids"], vocabulary)
+    num_return_sequences = check_whole("num_return_sequences", num_return_sequences, 1)
     if forced_tokens is not None:
-        if forced_tokens.ndim != 2 or forced_tokens.shape[0] != rows * num_return_sequences:
+        shape = list(forced_tokens.shape) if isinstance(forced_tokens, Tensor) else type(forced_tokens).__name__
+        if not isinstance(forced_tokens, Tensor) or len(shape) != 2 or shape[0] != rows * num_return_sequences or not shape[1]:
             raise InputError(
-                f"forced_tokens must be [B, steps] with B = {rows * num_return_sequences}, one row for each sequence; got "
-                f"{list(forced_tokens.shape)}."
+                f"forced_tokens must be [B, steps] with B = {rows * num_return_sequences}, one row for each sequence, and at "
+                f"least one step; got {shape}."
             )
+        _check_tokens("forced_tokens", forced_tokens, vocabulary)
         max_new_tokens = forced_tokens.shape[1]
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    max_new_tokens = check_whole("max_new_tokens", max_new_tokens, 1)
     drawn = bool(sampling.get("do_sample")) or forced_tokens is not None
-    if num_return_sequences < 1 or (num_return_sequences > 1 and not drawn):
+    if num_return_sequences > 1 and not drawn:
         raise InputError(
             f"num_return_sequences={num_return_sequences} needs do_sample=True, or all would be the same; beams run under "
             "the context: with method(model): model.generate(num_beams=...)."
         )
     layer = method.prepare(adapter.n_layers, adapter.n_heads, next(model.parameters()).device)
+    method.check_rows(rows * num_return_sequences)
     if length + max_new_tokens > adapter.max_length:
         raise InputError(
             f"Prompt ({length} tokens) and {max_new_tokens} new tokens exceed the model's context of {adapter.max_length}: "
             "shorten the prompt or lower max_new_tokens."
         )
-    ends = adapter.eos_token_ids if eos_token_id is None else eos_token_id
-    ends = list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+    ends = adapter.eos_token_ids if eos_token_id is None else _end_tokens(eos_token_id, vocabulary)
     free = forced_tokens is None
     return Request(
-        adapter=adapter, method=method, inputs=found, layer=layer, steps=int(max_new_tokens), copies=num_return_sequences,
+        adapter=adapter, method=method, inputs=found, layer=layer, steps=max_new_tokens, copies=num_return_sequences,
         sampling=Sampling(**sampling), ends=ends if free else [], forced=forced_tokens,
         stop=_stopper(stopping_criteria) if free and stopping_criteria is not None else None, streamer=streamer,
         return_logits=return_logits,
         processor=processor if processor is not None else getattr(model, "dyrate_processor", None),
     )  # fmt: skip
+
+
+def _check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:
+    """Refuse `tokens`, called `name`, that are no numbers of a vocabulary of that size. The host waits where they are on a GPU.
+
+    Raises:
+        InputError: another dtype than int64 or int32, or a number out of range.
+    """
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"{name} must be token numbers (int64), got {tokens.dtype}.")
+    if not tokens.numel():
+        return
+    least, most = torch.stack(tokens.aminmax()).tolist()
+    if least < 0 or most >= vocabulary:
+        raise InputError(
+            f"{name} holds token {least if least < 0 else most}, the model knows 0 to {vocabulary - 1}: use its own processor."
+        )
+
+
+def _end_tokens(given: Any, vocabulary: int) -> list[int]:
+    """`eos_token_id` as a list. Raises InputError."""
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    ends = [check_whole("eos_token_id", end, 0) for end in (given if several else [given])]
+    beyond = [end for end in ends if end >= vocabulary]
+    if beyond:
+        raise InputError(
+            f"eos_token_id={beyond[0]} is no token of this model, which knows 0 to {vocabulary - 1}: leave it out to take the "
+            "model's own, or pass [] to end never."
+        )
+    return ends
 
 
 def _stopper(criteria: Any) -> Callable[[Tensor, Tensor], Tensor]:

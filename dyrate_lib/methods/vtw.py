@@ -6,7 +6,7 @@ facts of its repository (lzhxmu/VTW at a3d8cfc).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +43,8 @@ def vtw_divergence(model: Any, batches: Iterable[Any], first_layer: int = 5) -> 
     from ..models import Adapter
 
     adapter = Adapter(model)
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise InputError("batches must be a list of prepared inputs: pass [inputs], not the inputs themselves.")
     layers = range(first_layer, adapter.n_layers)
     if not layers:
         raise InputError(f"first_layer={first_layer} leaves no layer to try in a model of {adapter.n_layers}.")
