@@ -30,7 +30,7 @@ from .models import model_info
 from .predictor import RatePredictor
 from .prompts import chat_prompt
 
-__version__ = "0.3.2"
+__version__ = "0.3.3"
 
 __all__ = [
     "ST3", "VTW", "BeforeLLM", "CDPruner", "DepthPrune", "DivPrune", "DyRate", "DyRateError", "FastV",

@@ -29,8 +29,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causa
 
     allowed: bool, broadcastable to [B, H, R, T], True where a row reads a column, or `additive`; None reads all (or causally).
     """
+    one = q.shape[2] == 1 and q.dtype == torch.float32 and q.device.type == "cuda"
+    if one and not causal and not torch.is_grad_enabled():
+        return attend_one_row(q, k, v, allowed)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+
+
+def attend_one_row(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """`attend` for one query row, q [B, H, 1, d], by two products and a softmax.
+
+    torch's float32 kernels on a GPU work on 64 query rows whatever there are, which at one row is mostly waste: 250 rows of six
+    heads over 640 keys take an H200 0.43 ms by them and 0.11 ms by these products, which read keys and values once (floor 0.06).
+    On a CPU there is no such difference.
+    """
+    batch, heads, _, width = q.shape
+    shared = q.reshape(batch, k.shape[1], heads // k.shape[1], width)  # rows that read the same keys
+    scores = (shared * width**-0.5) @ k.transpose(-1, -2)
+    if allowed is not None:
+        if allowed.ndim == 4 and allowed.shape[1] == heads != k.shape[1]:  # a mask a head
+            allowed = allowed.reshape(batch, *shared.shape[1:3], -1)
+        scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
+    return (torch.softmax(scores, dim=-1) @ v).reshape(batch, heads, 1, width)
 
 
 def additive(allowed: Tensor, q: Tensor) -> Tensor:

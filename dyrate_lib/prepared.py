@@ -1,7 +1,7 @@
 """Pictures and prompts of a data set as a model takes them, and what is kept of them from one method to the next.
 
 Pictures are rendered or decoded, and processed, once per process and kept on the model's device, so that a table of many
-methods pays for them once. On a CPU so is what the vision tower makes of them.
+methods pays for them once. So is what the vision tower makes of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .prompts import IMAGE_TOKEN, chat_prompt
 if TYPE_CHECKING:
     from .datasets import CaptionDataset, Item
 
-CACHE_BYTES = {"cuda": 12 * 2**30, "cpu": 2**29}
+CACHE_BYTES = {"cuda": 3 * 2**30, "cpu": 2**29}  # of a process: several may share a card
 CACHE_SHARE = 0.1  # of a card's memory at most: a small one has to hold weights and activations besides
-FEATURE_BYTES = 2**28  # of a model
+FEATURE_BYTES = {"cuda": 2**30, "cpu": 2**28}  # of a model; a thousand pictures of a scenes model take half a GB
 _RENDER_BATCH = 64
 _pictures: dict[tuple, Tensor] = {}
 # of each model, by what the features follow from beside the weights: (the weights they were made with, features)
@@ -40,25 +40,28 @@ def clear_cache() -> None:
 def features(
     model: Any, processor: Any, dataset: CaptionDataset, indices: Sequence[int], inputs: Mapping[str, Any]
 ) -> Tensor | None:
-    """What tower and projector make of a batch's pictures, [image tokens, D]: on a CPU kept for the next method over this batch.
+    """What tower and projector make of a batch's pictures, [image tokens, D]: kept for the next method over this batch.
 
     A small model's tower takes a good part of a short reply's time, and a table asks for the same pictures under each method.
     Kept by batch, so that the numbers are those of a run without. Weights that were replaced or changed in place since are
-    noticed by torch's counts of changes, writes through `.data` are not. None where nothing is kept: on other devices, and
-    for tensors made in inference mode, which count no changes.
+    noticed by torch's counts of changes, writes through `.data` are not. None where nothing is kept: on devices other than
+    CPUs and GPUs, and for tensors made in inference mode, which count no changes.
     """
     parameters = list(model.parameters())
-    if parameters[0].device.type != "cpu" or any(p.is_inference() for p in parameters):
+    room = FEATURE_BYTES.get(parameters[0].device.type, 0)
+    if parameters[0].device.type == "cuda":
+        room = min(room, int(CACHE_SHARE * torch.cuda.get_device_properties(parameters[0].device).total_memory))
+    if not room or any(p.is_inference() for p in parameters):
         return None
     weights = tuple((p.data_ptr(), p._version) for p in parameters)
     places = tuple(_place(dataset, dataset[index]) for index in indices)
-    key = (_signature(processor), inputs["pixel_values"].dtype, torch.get_num_threads(), places)
+    key = (parameters[0].device, _signature(processor), inputs["pixel_values"].dtype, torch.get_num_threads(), places)
     known = _features.setdefault(model, {})
     if key not in known or known[key][0] != weights:
         adapter = Adapter(model)
         made = adapter.joined_features(inputs, adapter.core.get_input_embeddings().weight.dtype)
         known.pop(key, None)
-        if sum(kept.nbytes for _, kept in known.values()) + made.nbytes > FEATURE_BYTES:
+        if sum(kept.nbytes for _, kept in known.values()) + made.nbytes > room:
             known.clear()
         known[key] = (weights, made)
     return known[key][1]

@@ -1,9 +1,9 @@
 """One new row through the decoder's layers, at a decode step of our own loops.
 
-On a CPU a step of a small model is spent in Python and in calling operators, not in them: `DirectStep` therefore takes the
+A step of a small model is spent in Python and in calling operators, not in them: `DirectStep` therefore takes the
 weights themselves, normalises, projects and rotates queries and keys at once, and makes the rotary tables of the whole
 reply beforehand. Its arithmetic is that of the modules, operation by operation. Wherever a module is not what it seems
-(quantised, hooked, of a family of its own), in other precisions and on a GPU, `ModuleStep` calls the modules.
+(quantised, hooked, of a family of its own) and in other precisions `ModuleStep` calls the modules.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class _Layer(NamedTuple):
 
 
 class DirectStep(ModuleStep):
-    """A step by the weights themselves, in float32 on a CPU. Rows are [B, D].
+    """A step by the weights themselves, in float32. Rows are [B, D].
 
     Make one by `step_for`. No weight is copied; they must not be replaced while the reply is made.
     """
@@ -164,12 +164,13 @@ class DirectStep(ModuleStep):
 
 def step_for(adapter: Adapter, like: Tensor) -> ModuleStep:
     """The step for a batch whose embeddings are `like` [B, T, D]: a `DirectStep` where every module is plain."""
-    direct = like.device.type == "cpu" and like.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return (DirectStep if direct and _plain(adapter) else ModuleStep)(adapter, like)
+    kind = like.device.type
+    direct = kind in ("cpu", "cuda") and like.dtype == torch.float32 and not torch.is_autocast_enabled(kind)
+    return (DirectStep if direct and _plain(adapter, like.device) else ModuleStep)(adapter, like)
 
 
-def _plain(adapter: Adapter) -> bool:
-    """Whether layers are LLaMA's in every module that a step calls: linear layers, RMS norms and SiLU, without hooks."""
+def _plain(adapter: Adapter, device: torch.device) -> bool:
+    """Whether layers are LLaMA's in every module that a step calls: linear layers, RMS norms and SiLU, on `device`, no hooks."""
     if type(adapter).project is not Adapter.project or type(adapter).finish is not Adapter.finish:
         return False
     if type(adapter).normed_input is not Adapter.normed_input or type(adapter).logits is not Adapter.logits:
@@ -177,7 +178,7 @@ def _plain(adapter: Adapter) -> bool:
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return False
     first = adapter.layers[0].self_attn
-    return all(_is_plain(module) for module in _called(adapter)) and all(
+    return all(_is_plain(module, device) for module in _called(adapter)) and all(
         layer.self_attn.q_proj.weight.shape == first.q_proj.weight.shape
         and layer.self_attn.k_proj.weight.shape == first.k_proj.weight.shape
         and layer.self_attn.head_dim == first.head_dim
@@ -197,11 +198,11 @@ def _called(adapter: Adapter) -> Iterator[nn.Module]:
     yield adapter.model.lm_head
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module, device: torch.device) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return False
     if any(
-        type(p) is not nn.Parameter or p.dtype != torch.float32 or p.device.type != "cpu" for p in module.parameters()
+        type(p) is not nn.Parameter or p.dtype != torch.float32 or p.device != device for p in module.parameters()
     ):
         return False
     name = type(module).__name__

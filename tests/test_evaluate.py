@@ -97,7 +97,7 @@ def test_kept_features_are_those_of_the_weights_and_the_batch(tiny, questions, m
     finally:
         with torch.no_grad():
             bias.sub_(1.0)
-    monkeypatch.setattr("dyrate_lib.prepared.FEATURE_BYTES", first.nbytes)
+    monkeypatch.setattr("dyrate_lib.prepared.FEATURE_BYTES", {"cpu": first.nbytes})
     features(model, processor, questions, some, inputs)
     features(model, processor, questions, [1, 0, 2], inputs)  # room for one batch: the other goes
     again = features(model, processor, questions, some, inputs)
