@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--until", type=float, default=0.0, help="seconds that all may take: start no cell that would end later"
     )
-    parser.add_argument("--skip", default="", help="loops to leave out: static, stock, reference, separated by commas")
+    parser.add_argument(
+        "--skip", default="", help="what to leave out: the loops static, stock, reference, and long (runs of most tokens), by commas"
+    )
     parser.add_argument("--model-small", default="scenes-small")
     parser.add_argument("--model-base", default="scenes-base")
     args = parser.parse_args(arguments)

@@ -56,7 +56,7 @@ def measure(study: Study, cell: Cell, deadline: float, skip: tuple[str, ...] = (
             contenders.append(Contender(f"{kind} {name}", kind, name, run, most))
     engine = engine_for(model)
     warm = warmup(cell, n_image) if engine.capture else 0  # nothing to capture, and each has run alone before
-    rounds = Rounds(lengths[1], short, lengths[2], long, warm, lengths, deadline)
+    rounds = Rounds(lengths[1], short, lengths[2], 0 if "long" in skip else long, warm, lengths, deadline)
     with Compiling() as compiling:
         alone = {c.name: run_alone(c, rounds, device, engine, reads[c.method], info, n_image) for c in contenders}
         ready = [c for c in contenders if "failed" not in alone[c.name]]

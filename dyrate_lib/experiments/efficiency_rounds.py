@@ -106,8 +106,9 @@ def _take_turns(
         for contender in contenders:
             if contender.kind == "graph" or turn == 0:  # graphs are captured when caches have stopped growing
                 timed(contender, n, device, rounds.at)
+    least = 3 if repeats > 3 else 1  # of long runs there are few, and one may take a minute
     for turn in range(repeats):
-        if turn >= 3 and time.monotonic() > rounds.deadline:
+        if turn >= least and time.monotonic() > rounds.deadline:
             return
         for contender in contenders:
             every = max(1, -(-repeats // contender.most))

@@ -185,6 +185,8 @@ def _incidents(record: Record) -> list[str]:
     out += [f"{name}: {why}" for name, why in payload["failed"].items()]
     asked = {name.split()[0] for name in record["config"]["contenders"]}
     out += [f"{LOOPS[kind]} was left out" for kind in payload["skipped"] if kind in asked]
+    if "long" in payload["skipped"]:
+        out.append(f"runs of {record['config']['new_tokens'][2]} new tokens were left out")
     graph = [found["samples"] for name, found in payload["contenders"].items() if name.startswith("graph")]
     taken = [len(rows.get("wall_ms", ())) for rows in graph]
     if taken and min(taken) < record["config"]["repeats"][0]:
