@@ -237,11 +237,11 @@ def test_contenders_take_turns_and_are_counted():
     assert set(some[0].samples[0]["ms"]) == {"1", "2", "3"} and set(some[0].long[0]["ms"]) == {"1", "2", "6"}
 
 
-def test_time_that_is_up_leaves_three_samples():
+def test_time_that_is_up_leaves_three_samples_and_one_of_long_runs():
     calls = []
     some = [fake("a", calls), fake("b", calls)]
     efficiency_rounds.sample(some, rounds(repeats=20, deadline=time.monotonic() - 1), CPU, None)
-    assert [len(c.samples) for c in some] == [3, 3]
+    assert [len(c.samples) for c in some] == [3, 3] and [len(c.long) for c in some] == [1, 1]
 
 
 def test_contenders_that_do_not_fit_together_are_sampled_apart():
@@ -495,9 +495,24 @@ def test_a_batch_that_does_not_fit_is_told(full):
     table = efficiency_latency.memory_table(full)
     large = (table.model == "LLaVA-1.5-13B") & (table.batch == 64) & (table["image tokens"] == 2880)
     row = table[large & (table.method == "Original")]
-    assert (row["does not fit; samples that would"] == 40).all() and len(row) == 2
+    assert (row["does not fit; samples that would"] == "40").all() and len(row) == 2
     assert "the unpruned model does not fit" in efficiency_words.findings(full)
     assert "a batch of 40 would fit" in efficiency_words.conditions(full)
+    assert set(table[~large]["does not fit; samples that would"].map(str)) == {"nan"}
+
+
+def test_what_runs_out_of_memory_without_telling_what_would_fit_is_told_in_a_line(full):
+    record = efficiency.latency_records(full)[Cell("7b", 64, 5)]
+    record["payload"]["contenders"].pop("stock original")
+    record["payload"]["failed"]["stock original"] = "OutOfMemoryError: CUDA out of memory. Tried to allocate 3.86 GiB. More."
+    record["payload"]["would_fit"]["stock original"] = None
+    record["payload"]["skipped"] = ["long"]
+    table = efficiency_latency.memory_table(full)
+    row = table[(table.model == "LLaVA-1.5-7B") & (table.loop == "stock generate") & (table.batch == 64)]
+    assert list(row["does not fit; samples that would"]) == ["not told"]
+    said = efficiency_words.conditions(full)
+    assert "stock original: OutOfMemoryError: CUDA out of memory\n" in said
+    assert "LLaVA-1.5-7B, batch 64, 2880 image tokens: runs of 256 new tokens were left out" in said
 
 
 def test_advice_follows_the_times(full):

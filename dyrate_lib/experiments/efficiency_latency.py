@@ -92,7 +92,13 @@ def memory_table(study: Study) -> pd.DataFrame:
                     "model": label(study, row.key), "image tokens": row["image tokens"], "batch": row.batch,
                     "loop": LOOPS[row.loop], "method": STYLES[row.method][0], "peak GB": row.get("peak GB"),
                     "KV held GB": row.get("KV held GB"), "KV read at the last step GB": row.get("KV read GB"),
-                    "does not fit; samples that would": row.get("samples that would fit") if row.failed else np.nan,
+                    "does not fit; samples that would": _samples_that_would(row) if row.failed else np.nan,
                 }
             )  # fmt: skip
     return pd.DataFrame(out)
+
+
+def _samples_that_would(row: pd.Series) -> str:
+    """What a refusal says would fit; another's loop just runs out of memory."""
+    found = row.get("samples that would fit")
+    return "not told" if found is None or np.isnan(found) else f"{found:.0f}"

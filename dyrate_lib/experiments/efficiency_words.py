@@ -182,7 +182,7 @@ def _incidents(record: Record) -> list[str]:
             f"breaks, CUDA graphs skipped {found['cudagraph_skips']} times"
             + "".join(f"; '{text}'" for text in found["said"])
         )
-    out += [f"{name}: {why}" for name, why in payload["failed"].items()]
+    out += [f"{name}: {why.partition('. ')[0].rstrip('.')}" for name, why in payload["failed"].items()]
     asked = {name.split()[0] for name in record["config"]["contenders"]}
     out += [f"{LOOPS[kind]} was left out" for kind in payload["skipped"] if kind in asked]
     if "long" in payload["skipped"]:
