@@ -61,7 +61,14 @@ def test_the_font_has_every_letter_and_digit_and_no_two_are_nearly_alike():
 def test_words_are_short_distinct_and_none_is_said_elsewhere_in_the_world():
     assert 55 <= len(WORDS) == len(set(WORDS))
     assert all(re.fullmatch("[a-z]{3,6}", word) for word in WORDS)
-    said = [*PROMPTS.values(), *SHAPES, *COLOR_NAMES, *TONE_NAMES, *NUMBERS, *(t for own in TEMPLATES.values() for t in own)]
+    said = [
+        *PROMPTS.values(),
+        *SHAPES,
+        *COLOR_NAMES,
+        *TONE_NAMES,
+        *NUMBERS,
+        *(t for own in TEMPLATES.values() for t in own),
+    ]
     for scene in [make_scene(seed, "novel") for seed in range(100)]:
         said += [q.prompt for q in questions(scene)] + [r for f in FAMILIES for r in references(scene, f)]
     assert not set(WORDS) & set(re.findall("[a-z]+", " ".join(said).lower()))
@@ -133,7 +140,9 @@ def test_looks_that_no_picture_can_have_are_refused(bad):
 
 def test_a_crop_of_half_the_side_doubles_what_it_shows():
     ramp = torch.arange(SIZE, dtype=torch.float32) + 0.5
-    picture = torch.stack((ramp.expand(SIZE, SIZE), ramp[:, None].expand(SIZE, SIZE), torch.ones(SIZE, SIZE)))[None] / SIZE
+    picture = (
+        torch.stack((ramp.expand(SIZE, SIZE), ramp[:, None].expand(SIZE, SIZE), torch.ones(SIZE, SIZE)))[None] / SIZE
+    )
     out = crop(picture, torch.tensor([[84.0, 30.0, 168.0]]))[0] * SIZE
     # Pixel i of the crop looks at 84 + (i + 1/2) / 2 of a picture whose value is its coordinate.
     expected = 84 + ramp / 2
@@ -173,7 +182,11 @@ def test_noise_has_its_mean_and_spread_and_no_pattern():
         assert abs(float(row.mean())) < 0.01 and float(row.std()) == pytest.approx(1, abs=0.01)
         # Fourth moment of a sum of four even bytes: 3 - 1.2 / 4 = 2.7, where a Gaussian has 3.
         assert float((row**4).mean()) == pytest.approx(2.7, abs=0.05)
-    neighbours = [noise[..., 1:] * noise[..., :-1], noise[..., 1:, :] * noise[..., :-1, :], noise[:, 1:] * noise[:, :-1]]
+    neighbours = [
+        noise[..., 1:] * noise[..., :-1],
+        noise[..., 1:, :] * noise[..., :-1, :],
+        noise[:, 1:] * noise[:, :-1],
+    ]
     neighbours += [noise[1:] * noise[:-1]]
     assert all(abs(float(n.mean())) < 0.01 for n in neighbours)
 

@@ -150,7 +150,9 @@ def test_held_out_pairs_are_denied_in_novel_pictures_only():
 
 
 @settings(max_examples=40, deadline=None)
-@given(x=st.floats(0, 336), y=st.floats(0, 336), radius=st.floats(5, 60), left=st.floats(0, 200), side=st.floats(10, 136))
+@given(
+    x=st.floats(0, 336), y=st.floats(0, 336), radius=st.floats(5, 60), left=st.floats(0, 200), side=st.floats(10, 136)
+)
 def test_a_discs_share_inside_a_crop_is_that_of_its_points(x, y, radius, left, side):
     o = SceneObject("circle", "red", "large", x, y, radius, 0.0, (1.0, 0.0, 0.0))
     crop = (left, 0.5 * left, side)
