@@ -88,14 +88,18 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tenso
     raise InputError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
 
 
-def _hash01(a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
-    """A pseudo-random number in 0..1 for each integer pair: integer arithmetic, hence equal on every device."""
+def hash32(a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """32 pseudo-random bits for each integer pair, int64: integer arithmetic, hence equal on every device."""
     h = (a * 73856093) ^ (b * 19349663) ^ (seed * 83492791)
     h = h & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
     h = ((h ^ (h >> 12)) * 0x297A2D39) & 0xFFFFFFFF
-    h = h ^ (h >> 15)
-    return (h & 0xFFFFFF).float() / float(0xFFFFFF)
+    return h ^ (h >> 15)
+
+
+def _hash01(a: torch.Tensor, b: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """A pseudo-random number in 0..1 for each integer pair."""
+    return (hash32(a, b, seed) & 0xFFFFFF).float() / float(0xFFFFFF)
 
 
 def _blend_map(kind: str, p: torch.Tensor, seeds: torch.Tensor, size: int) -> torch.Tensor:
