@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -145,11 +145,11 @@ def example_part(name: str, example: Example) -> Part:
     return answer_part(name, example.prompt, example.answer)
 
 
-def place(parts: Sequence[Part], lengths: Sequence[int], free: Sequence[int]) -> list[tuple[int, Part]]:
+def place(parts: Iterable[Part], lengths: Sequence[int], free: Sequence[int]) -> list[tuple[int, Part]]:
     """Put parts into slots, each in turn into the shortest free one it fits; what fits none is left out.
 
     Args:
-        parts: those wanted most first.
+        parts: those wanted most first; no more of them are drawn than there is room for.
         lengths: of all slots.
         free: indices of the slots that may be used.
 
@@ -163,4 +163,6 @@ def place(parts: Sequence[Part], lengths: Sequence[int], free: Sequence[int]) ->
         if slot is not None:
             left.remove(slot)
             found.append((slot, part))
+        if not left:
+            break
     return found

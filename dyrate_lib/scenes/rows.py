@@ -11,6 +11,8 @@ A row's picture has one look, and every prompt of the row is true of that look:
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from itertools import chain
 
 from .captions import FAMILIES, N_REFERENCES
 from .packing import Layout, Part, answer_part, caption_part, example_part, place
@@ -46,9 +48,11 @@ def _asked(name: str, scene: Scene, rng: random.Random) -> Part | None:
     return answer_part(name, one.prompt, one.answer) if name == "question" else example_part(name, one)
 
 
-def _plain_tasks(scene: Scene, rng: random.Random) -> list[Part]:
-    parts = [_asked(name, scene, rng) for name in (*_LONG, *_shuffled(rng, list(_BRIEF)))]
-    return [p for p in parts if p is not None]
+def _plain_tasks(scene: Scene, rng: random.Random) -> Iterator[Part]:
+    for name in (*_LONG, *_shuffled(rng, list(_BRIEF))):
+        part = _asked(name, scene, rng)
+        if part is not None:
+            yield part
 
 
 def _signs(scene: Scene, rng: random.Random) -> tuple[Look, list[Part]]:
@@ -90,5 +94,5 @@ def compose(scene: Scene, layout: Layout) -> tuple[Look, list[tuple[int, Part]]]
         else:
             free.append(slot)
     if free:
-        placed += place([*about_look, *_plain_tasks(scene, rng)], layout.lengths, free)
+        placed += place(chain(about_look, _plain_tasks(scene, rng)), layout.lengths, free)
     return look, placed
