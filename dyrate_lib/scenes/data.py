@@ -6,7 +6,6 @@ can prepare batches in any order.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -85,8 +84,8 @@ class PackedBatches(torch.utils.data.Dataset):
         Returns:
             objects [B, 9, 8], grounds [B, 11] and looks, a list of B: for the renderer; ids, labels int16 [B, S]: the
             suffix and, at each position, the token to predict there (-100: none); need, kind int8 [B, S]: of the token
-            to predict; cls float32 [B, N_CLS] and seen bool [B]: whether the picture shows what cls says (a blurred,
-            noisy or cropped one need not).
+            to predict; cls float32 [B, N_CLS] and seen bool [B]: whether the picture shows what cls says (a bad
+            photograph need not, nor one whose signs cover something).
         """
         first = self.first + index * self.batch
         scenes = [make_scene(first + b, self.split) for b in range(self.batch)]
@@ -95,11 +94,9 @@ class PackedBatches(torch.utils.data.Dataset):
         labels = np.full(shape, -100, dtype=np.int16)
         need, kind = np.full(shape, -1, dtype=np.int8), np.full(shape, -1, dtype=np.int8)
         starts = np.cumsum((0, *self.layout.lengths))
-        looks = []
-        for b, scene in enumerate(scenes):
-            look, placed = compose(scene, self.layout)
-            looks.append(look)
-            for slot, part in placed:
+        rows = [compose(scene, self.layout) for scene in scenes]
+        for b, row in enumerate(rows):
+            for slot, part in row.placed:
                 start = starts[slot]
                 end = start + len(part)
                 ids[b, start:end] = (*part.head, *part.body)
@@ -107,7 +104,7 @@ class PackedBatches(torch.utils.data.Dataset):
                 labels[b, at], need[b, at], kind[b, at] = part.body, part.needs, KINDS.index(part.kind)
         objects, grounds = pack_scenes(scenes)
         cls = np.stack([cls_targets(s) for s in scenes])
-        seen = np.array([replace(look, signs=()).plain for look in looks])
+        seen, looks = np.array([row.seen for row in rows]), [row.look for row in rows]
         return dict(
             objects=objects, grounds=grounds, looks=looks, ids=ids, labels=labels, need=need, kind=kind, cls=cls, seen=seen
         )  # fmt: skip

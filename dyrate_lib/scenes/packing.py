@@ -20,7 +20,7 @@ QUESTION_SLOT = 28
 KINDS = (*FAMILIES, "question", *NAMES)
 # A slot of a caption family or "question" holds that and nothing else; a slot "task:N" has N tokens for any question or task.
 TASK_SLOT = "task:"
-DEFAULT_SLOTS = ("short", "narrative", "late", "task:32", "task:32", "task:32", "task:56", "task:96")
+DEFAULT_SLOTS = ("short", "narrative", "late", "task:28", "task:28", "task:34", "task:34", "task:50", "task:72")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def examples(task: str, scene: Scene, variant: int = 0) -> list[Example]:
         InputError: an unknown task (`NAMES` lists them).
     """
     made = _module(base_task(task))
-    return made.examples(scene, variant, ocr=True) if task == "textvqa-ocr" else made.examples(scene, variant)
+    return made.examples(scene, variant, with_text=True) if task == "textvqa-ocr" else made.examples(scene, variant)
 
 
 def lines() -> list[str]:
