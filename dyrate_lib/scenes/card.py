@@ -138,7 +138,8 @@ def _use_and_limits(name: str, metrics: dict, tasks: bool) -> list[str]:
         "",
         "## Intended use and limits",
         "",
-        f"For studying token reduction on pictures of the scenes world, with the three caption prompts and the {asked} it was trained on. Not for photographs, other prompts, other languages, or any decision about people: it",
+        f"For studying token reduction on pictures of the scenes world, with the three caption prompts and the {asked} it was "
+        "trained on. Not for photographs, other prompts, other languages, or any decision about people: it",
         "knows about as many words as its captions and questions need and will describe anything as shapes on a ground.",
         f"Counts and unseen pairs are its weak points.{chance} Its attention and its tolerance of dropped tokens are",
         "those of a small model trained on one picture size and one layout, and need not be a large model's.",

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ from ..prompts import chat_prompt
 from .captions import FAMILIES, PROMPTS, references
 from .card import card
 from .data import normalise
+from .looks import render_looks
+from .packing import layout
 from .questions import QUESTION_KINDS, Question, questions
-from .render import render_batch
+from .render import pack_scenes
+from .tasks import NAMES, PLAIN, PROMPTS_A_PICTURE, Look, base_task
+from .training_plan import Say
 from .world import make_scene
 
 
@@ -31,8 +36,14 @@ def bootstrap(values, n: int = 1000, seed: int = 0) -> dict:
 
 
 @torch.no_grad()
-def answer(model, processor, scenes, prompts: list[str], max_new_tokens: int = 64) -> list[str]:
-    """Greedy answers of the model to one prompt (user text) a scene, through stock ``generate``, in batches."""
+def answer(
+    model, processor, scenes, prompts: list[str], max_new_tokens: int = 64, looks: Sequence[Look] | None = None
+) -> list[str]:
+    """Greedy answers of the model to one prompt (user text) a scene, through stock ``generate``, in batches.
+
+    ``looks``: one a scene, None: all plain.
+    """
+    looks = looks or [PLAIN] * len(scenes)
     device, dtype = model.device, model.dtype
     n_image = model.config.image_seq_length
     batch = 250 if device.type == "cuda" else 20
@@ -40,7 +51,8 @@ def answer(model, processor, scenes, prompts: list[str], max_new_tokens: int = 6
     for i in range(0, len(scenes), batch):
         texts = [chat_prompt(p).replace("<image>", "<image>" * n_image) for p in prompts[i : i + batch]]
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").to(device)
-        pixels = normalise(render_batch(scenes[i : i + batch], device)).to(dtype)
+        pictures = render_looks(*pack_scenes(scenes[i : i + batch]), looks[i : i + batch], device)
+        pixels = normalise(pictures).to(dtype)
         ids = model.generate(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
@@ -63,7 +75,7 @@ def questions_of(kind: str, split: str, n: int) -> list[tuple[int, Question]]:
     return found[:n]
 
 
-def evaluate(model, processor, n: int = 500, give_up: float | None = None, say=print) -> tuple[dict, dict]:
+def evaluate(model, processor, n: int = 500, give_up: float | None = None, say: Say = print) -> tuple[dict, dict]:
     """Greedy captions and answers on held-out scenes.
 
     Args:
@@ -103,6 +115,44 @@ def evaluate(model, processor, n: int = 500, give_up: float | None = None, say=p
     return scores, predictions
 
 
+def evaluate_tasks(
+    model, processor, n: int = 500, give_up: float | None = None, say: Say = print
+) -> tuple[dict, dict]:
+    """Greedy answers to the short-answer tasks on held-out scenes, scored by their benchmarks' protocols.
+
+    Args:
+        n: pictures a task, each with all its prompts.
+        give_up: as of :func:`evaluate`.
+
+    Returns:
+        Scores (task -> metric, its figure's score, low and high over pictures, n pictures, and parts, the other figures by
+        name) and the predictions they come from.
+    """
+    from ..datasets import open_dataset
+    from ..task_metrics import score_task
+
+    scores: dict[str, dict] = {}
+    predictions: dict[str, list] = {}
+    for name in NAMES:
+        if give_up is not None and time.monotonic() > give_up:
+            say(f"no time left to score {name}")
+            continue
+        started = time.monotonic()
+        items = list(open_dataset(f"scenes:{name}:test", n * PROMPTS_A_PICTURE[base_task(name)]))
+        scenes, looks = [item.meta["scene"] for item in items], [item.meta["look"] for item in items]
+        texts = answer(model, processor, scenes, [item.prompt for item in items], max_new_tokens=4, looks=looks)
+        replies = {item.id: text for item, text in zip(items, texts, strict=True)}
+        found = score_task(name, replies, items)
+        low, high = found.interval()
+        scores[name] = {
+            "metric": found.headline, "score": found.score, "low": low, "high": high, "n": len(found.ids), "parts": found.parts,
+        }  # fmt: skip
+        predictions[f"{name}:test"] = [[key, text] for key, text in replies.items()]
+        took = time.monotonic() - started
+        say(f"{name}: {found.headline} {found.score:.1f} [{low:.1f}, {high:.1f}], {len(found.ids)} pictures ({took:.1f} s)")
+    return scores, predictions
+
+
 def write_predictions(path: Path, predictions: dict) -> None:
     """Deterministic gzip (no time stamp), atomic."""
     partial = path.with_name(path.name + ".tmp")
@@ -133,6 +183,11 @@ def finish(out: Path, metrics: dict, *, device, n: int, give_up: float, say, shi
     model = LlavaForConditionalGeneration.from_pretrained(out, dtype=dtype).to(device).eval()
     processor = AutoProcessor.from_pretrained(out)
     metrics["scores"], predictions = evaluate(model, processor, n, give_up, say)
+    if layout(tuple(metrics["recipe"]["slots"])).tasks:
+        write_predictions(out / "predictions.json.gz", predictions)
+        keep()
+        metrics["tasks"], answers = evaluate_tasks(model, processor, n, give_up, say)
+        predictions |= answers
     write_predictions(out / "predictions.json.gz", predictions)
     keep()
 

@@ -29,7 +29,9 @@ def described(folder: Path) -> dict[str, Any]:
         before = recipe.get("start") or {"steps": 0, "pictures": 0}
         steps, batch = int(recipe["steps"]), int(recipe["batch"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is no scenes checkpoint to start from: metrics.json and its recipe are needed ({error})") from None
+        raise InputError(
+            f"{folder} is no scenes checkpoint to start from: its metrics.json must hold its recipe ({error})"
+        ) from error
     digest = hashlib.sha256()
     for shard in sorted(folder.glob("*.safetensors")):
         digest.update(shard.read_bytes())

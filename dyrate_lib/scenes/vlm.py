@@ -191,7 +191,7 @@ def _text_weights(layer) -> list[torch.Tensor]:
 
 
 def _slot_mask(owner: torch.Tensor, first: int):
-    """The packed layout for flex attention: ``owner`` int64 [T] names each token's slot, -1 the prefix; rows from ``first`` on."""
+    """The packed layout for flex attention, rows from ``first`` on; ``owner`` int64 [T]: each token's slot, -1 the prefix."""
 
     def sees(b, h, row, column):
         row = row + first
