@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from ..errors import InputError
 from ..prompts import IMAGE_TOKEN, chat_prompt
@@ -66,7 +67,7 @@ def word_id(word: str) -> int:
     Raises:
         KeyError: if the word is not a single token (then the tokenizer was trained without it).
     """
-    return _vocabulary()[word if word in ",.:" else "Ġ" + word]
+    return _vocabulary()[_as_token(word)]
 
 
 @lru_cache(maxsize=1)
@@ -122,10 +123,24 @@ def _length(kind: str) -> int:
     raise InputError(f"unknown slot {kind!r}: choose of {', '.join(FAMILIES)}, question and {TASK_SLOT}N for N tokens")
 
 
-def response_tokens(scene: Scene, family: str, i: int) -> tuple[list[int], list[int]]:
-    """Token ids of one reference with EOS, and each token's need as an index into :data:`NEEDS` (EOS: none)."""
+def response_tokens(scene: Scene, family: str, i: int, tokenizer: Any = None) -> tuple[list[int], list[int]]:
+    """Token ids of one reference with EOS, and each token's need as an index into :data:`NEEDS` (EOS: none).
+
+    ``tokenizer``: a checkpoint's own, None: the one that training builds.
+
+    Raises:
+        KeyError: for a word that is not a single token of the tokenizer.
+    """
     words = annotated_reference(scene, family, i)
-    return [word_id(w) for w, _ in words] + [_encoder()[1]], [NEEDS.index(n) for _, n in words] + [NEEDS.index("none")]
+    needs = [NEEDS.index(n) for _, n in words] + [NEEDS.index("none")]
+    if tokenizer is None:
+        return [word_id(w) for w, _ in words] + [_encoder()[1]], needs
+    known = tokenizer.get_vocab()
+    return [known[_as_token(w)] for w, _ in words] + [int(tokenizer.eos_token_id)], needs
+
+
+def _as_token(word: str) -> str:
+    return word if word in ",.:" else "Ġ" + word
 
 
 def caption_part(scene: Scene, family: str, i: int) -> Part:
