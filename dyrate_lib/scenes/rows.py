@@ -5,7 +5,8 @@ A row's picture has one look, and every prompt of the row is true of that look:
 - a plain picture carries a caption of each family, then questions and plain-picture tasks;
 - a picture with signs (TextVQA) carries first of all prompts about its signs, with the words given and without; and, where they
   cover no object, the same as a plain one but for the `late` caption, of which one wording denies that there is text;
-- a bad photograph (VizWiz) carries VizWiz prompts alone: what it no longer shows must not be said of it.
+- a bad photograph (VizWiz) carries VizWiz prompts alone, for what it no longer shows must not be said of it; where it came out
+  well, the same as a plain one and VizWiz prompts first.
 """
 
 from __future__ import annotations
