@@ -21,7 +21,7 @@ from .looks import render_looks
 from .packing import layout
 from .questions import QUESTION_KINDS, Question, questions
 from .render import pack_scenes
-from .tasks import NAMES, PLAIN, PROMPTS_A_PICTURE, Look, base_task
+from .tasks import NAMES, PLAIN, Look
 from .training_plan import Say
 from .world import make_scene
 
@@ -138,7 +138,7 @@ def evaluate_tasks(
             say(f"no time left to score {name}")
             continue
         started = time.monotonic()
-        items = list(open_dataset(f"scenes:{name}:test", n * PROMPTS_A_PICTURE[base_task(name)]))
+        items = list(open_dataset(f"scenes:{name}:test", n))
         scenes, looks = [item.meta["scene"] for item in items], [item.meta["look"] for item in items]
         texts = answer(model, processor, scenes, [item.prompt for item in items], max_new_tokens=4, looks=looks)
         replies = {item.id: text for item, text in zip(items, texts, strict=True)}
