@@ -59,7 +59,13 @@ class CaptionDataset(Sequence[Item]):
     """
 
     def __init__(
-        self, spec: str, name: str, length: int, seed: int, make: Callable[[int], Item], fingerprint: str = ""
+        self,
+        spec: str,
+        name: str,
+        length: int,
+        seed: int,
+        make: Callable[[int], Item],
+        fingerprint: str | Callable[[], str] = "",
     ) -> None:
         self.spec, self.name, self.seed = spec, name, seed
         self._length, self._make, self._fingerprint = length, make, fingerprint
@@ -68,10 +74,10 @@ class CaptionDataset(Sequence[Item]):
     def identity(self) -> dict[str, Any]:
         """What this data set is, for the configuration of a record: name, n, seed, and a fingerprint of its texts.
 
-        Of scenes the first item's prompt and references are taken, so that a changed caption grammar is another data
-        set; of COCO the whole annotation file. The folder's place and name play no part.
+        Of scenes the first item's prompt and references are taken, of tasks those of the first pictures, so that a changed
+        grammar is another data set; of COCO the whole annotation file. The folder's place and name play no part.
         """
-        texts = self._fingerprint
+        texts = self._fingerprint if isinstance(self._fingerprint, str) else self._fingerprint()
         if not texts:
             first = self[0]
             texts = hashlib.sha256(json.dumps([first.prompt, first.references]).encode()).hexdigest()[:16]
@@ -107,11 +113,14 @@ def open_dataset(spec: str, n: int | None = None, seed: int = 0) -> CaptionDatas
     """Opens a data set by its specification; besides the two below flickr30k:, nocaps: and parquet: (see `published`).
 
     Args:
-        spec: "scenes:FAMILY:SPLIT" with FAMILY short, narrative, late or questions and SPLIT train, val, test or novel;
+        spec: "scenes:FAMILY:SPLIT" with FAMILY short, narrative, late, questions or a short-answer task (gqa, vizwiz,
+            scienceqa, textvqa, textvqa-ocr, pope, mmbench, mme) and SPLIT train, val, test or novel;
             or "coco:FOLDER", which holds captions.json and images/, or annotations/captions_NAME.json and NAME/.
-        n: how many items; None is all of a COCO folder, and has to be given for scenes (they do not end).
-        seed: which ones. Scenes: consecutive scenes of the split from `seed * SCENES_PER_SEED` on. COCO: seed 0 is the
-            first n by id, any other a shuffle by that seed.
+        n: how many items; None is all of a COCO folder, and has to be given for scenes (they do not end). Of a task it is
+            how many pictures: each has all its prompts (`scenes.tasks.PROMPTS_A_PICTURE`: POPE and MMBench 4, MME 2), so
+            the data set has n times as many items, those of one picture side by side.
+        seed: which ones. Scenes: consecutive scenes of the split from `seed * SCENES_PER_SEED` on; a task passes over
+            those that give it no question. COCO: seed 0 is the first n by id, any other a shuffle by that seed.
 
     Raises:
         InputError: a specification that is not understood, n below 1 or above what there is, broken annotations.
@@ -143,7 +152,7 @@ def _open_scenes(spec: str, rest: str, n: int | None, seed: int) -> CaptionDatas
     from . import scenes
 
     family, _, split = rest.partition(":")
-    families = (*scenes.FAMILIES, "questions")
+    families = (*scenes.FAMILIES, "questions", *scenes.tasks.NAMES)
     if family not in families or split not in scenes.SPLITS:
         raise InputError(
             f"{spec!r}: scenes have the families {', '.join(families)} and the splits {', '.join(scenes.SPLITS)}"
@@ -152,6 +161,10 @@ def _open_scenes(spec: str, rest: str, n: int | None, seed: int) -> CaptionDatas
         raise InputError(f"{spec!r}: scenes do not end, say how many with n")
     if n > SCENES_PER_SEED:
         raise InputError(f"n = {n}: a seed has {SCENES_PER_SEED} scenes")
+    if family in scenes.tasks.NAMES:
+        from .datasets_tasks import open_task
+
+        return open_task(spec, family, split, n, seed)
     first = seed * SCENES_PER_SEED
     if family == "questions":
         return CaptionDataset(spec, spec, n, seed, _question_maker(scenes, split, first))

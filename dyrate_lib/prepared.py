@@ -77,7 +77,8 @@ def pictures(processor: Any, dataset: CaptionDataset, indices: Sequence[int], de
     space = (str(device), _signature(processor))
     items = {index: dataset[index] for index in indices}
     keys = {index: (*space, _place(dataset, item)) for index, item in items.items()}
-    missing = [index for index in items if keys[index] not in _pictures]
+    # one item of each picture: the prompts of a task share theirs
+    missing = [index for index in {keys[i]: i for i in items}.values() if keys[index] not in _pictures]
     held = sum(value.numel() * value.element_size() for value in _pictures.values() if value.device.type == device.type)
     fresh: dict[tuple, Tensor] = {}
     for start in range(0, len(missing), _RENDER_BATCH):
@@ -100,8 +101,11 @@ def _cache_room(device: torch.device) -> int:
 
 
 def _place(dataset: CaptionDataset, item: Item) -> tuple:
-    """What makes a picture: a scene's split and number (all caption families share pictures), or the folder and id."""
-    return ("scenes", item.id) if "scene" in item.meta else (dataset.spec, item.id)
+    """What makes a picture: a scene's split and number, and its look (families share pictures), or the folder and id."""
+    if "scene" not in item.meta:
+        return (dataset.spec, item.id)
+    look = item.meta.get("look")
+    return ("scenes", item.meta["scene"].id, None if look is None or look.plain else look)
 
 
 def _signature(processor: Any) -> str:
@@ -111,12 +115,25 @@ def _signature(processor: Any) -> str:
 
 def _process(processor: Any, items: list[Item], device: torch.device) -> Tensor:
     if all("scene" in item.meta for item in items) and _is_clip_336(processor.image_processor):
-        from .scenes import render_batch
         from .scenes.data import normalise
 
-        return normalise(render_batch([item.meta["scene"] for item in items], device))
+        return normalise(_render(items, device))
     made = processor.image_processor([item.image for item in items], return_tensors="pt")["pixel_values"]
     return made.to(device=device, dtype=torch.float32)
+
+
+def _render(items: list[Item], device: torch.device) -> Tensor:
+    """Scenes with their looks: float32 [B, 3, 336, 336] in 0..1."""
+    from .scenes import render_batch
+
+    scenes, looks = [item.meta["scene"] for item in items], [item.meta.get("look") for item in items]
+    if all(look is None or look.plain for look in looks):
+        return render_batch(scenes, device)
+    from .scenes.looks import render_looks
+    from .scenes.render import pack_scenes
+    from .scenes.tasks import PLAIN
+
+    return render_looks(*pack_scenes(scenes), [look or PLAIN for look in looks], device)
 
 
 def _is_clip_336(image_processor: Any) -> bool:

@@ -351,7 +351,7 @@ def test_scenes_files_follow_what_there_is():
     from dyrate_lib import scenes
 
     files = task_files.scenes_files(5, seed=2)
-    names = {*scenes.FAMILIES, "questions", *getattr(scenes, "TASKS", ())}
+    names = {*scenes.FAMILIES, "questions", *scenes.tasks.NAMES}
     assert set(files) == {f"scenes_{n.replace('-', '_')}.yaml" for n in names} | {
         "scenes_short_novel.yaml",
         "dyrate_scenes.yaml",

@@ -39,26 +39,23 @@ def scenes_specs() -> dict[str, str]:
     """Task name -> specification of every scenes data set that `open_dataset` knows, on its test split; short also on novel."""
     from .. import scenes
 
-    families = [*scenes.FAMILIES, "questions", *getattr(scenes, "TASKS", ())]
+    families = [*scenes.FAMILIES, "questions", *scenes.tasks.NAMES]
     out = {f"scenes_{name.replace('-', '_')}": f"scenes:{name}:test" for name in families}
     return out | {"scenes_short_novel": "scenes:short:novel"}
 
 
 def scenes_files(pictures: int = SCENES_PICTURES, seed: int = 0) -> dict[str, str]:
     """File name -> text for the scenes tasks and their group. pictures: of each; tasks that ask several times have more items."""
-    from .. import scenes
     from ..datasets import open_dataset
 
     if pictures < 1:
         raise InputError(f"scenes need at least one picture, not {pictures}")
-    files, known = {}, getattr(scenes, "TASKS", {})
+    files = {}
     for task, spec in scenes_specs().items():
-        family = spec.split(":")[1]
-        n = pictures * (known[family].size if family in known else 1)
-        open_dataset(spec, n, seed)  # refuses what it does not know now, not inside lmms-eval
+        open_dataset(spec, pictures, seed)  # refuses what it does not know now, not inside lmms-eval
         files[f"{task}.yaml"] = (
             f"task: {task}\nclass: !function dyrate_lib.lmms.scenes_task.ScenesTask\n"
-            + yaml.safe_dump({"metadata": {"version": 1.0, "spec": spec, "n": n, "seed": seed}})
+            + yaml.safe_dump({"metadata": {"version": 1.0, "spec": spec, "n": pictures, "seed": seed}})
         )
     files[f"{SCENES_GROUP}.yaml"] = yaml.safe_dump(
         {"group": SCENES_GROUP, "task": list(scenes_specs())}, sort_keys=False

@@ -1,5 +1,6 @@
 """The rendered world: pictures whose truth is known, captions with known visual need, questions, and a small VLM."""
 
+from . import tasks
 from .captions import FAMILIES, NEEDS, PROMPTS, annotated_reference, references
 from .questions import QUESTION_KINDS, Question, questions
 from .render import object_masks, render, render_batch
@@ -24,4 +25,5 @@ __all__ = [
     "references",
     "render",
     "render_batch",
+    "tasks",
 ]

@@ -99,10 +99,10 @@ def _count(scene: Scene, rng: random.Random) -> Made:
 
 def _style(scene: Scene, rng: random.Random) -> Made:
     if coin(rng):
-        truth, values, question = scene.ground.kind, GROUNDS, "Which pattern does the background have?"
-    else:
-        truth, values, question = scene.ground.tone, TONE_NAMES, "What color is the background?"
-    return question, truth, shuffled(rng, [v for v in values if v != truth])[:3]
+        wrong = shuffled(rng, [g for g in GROUNDS if g != scene.ground.kind])[:3]
+        return "Which pattern does the background have?", scene.ground.kind, wrong
+    wrong = shuffled(rng, [t for t in TONE_NAMES if t != scene.ground.tone])[:3]
+    return "What color is the background?", scene.ground.tone, wrong
 
 
 ABILITIES: dict[str, tuple[Callable[[Scene, random.Random], Made], ...]] = {

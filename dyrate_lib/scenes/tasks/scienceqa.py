@@ -136,7 +136,8 @@ def _price(scene: Scene, rng: random.Random) -> Lesson:
     size = pick(rng, ("large", "small"))
     cost, other = (large, small) if size == "large" else (small, large)
     rest = shuffled(rng, [n for n in PRICES if n not in (small, large)])[: _wanted(rng) - 1]
-    return rule, f"How many coins does the {pick(rng, pick(rng, by_size[size]))} cost?", str(cost), [str(n) for n in (other, *rest)]
+    question = f"How many coins does the {pick(rng, pick(rng, by_size[size]))} cost?"
+    return rule, question, str(cost), [str(n) for n in (other, *rest)]
 
 
 def _new_words(scene: Scene, rng: random.Random) -> Lesson:

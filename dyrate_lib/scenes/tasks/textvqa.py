@@ -8,8 +8,9 @@ The OCR (deterministic in the example) reads the signs from top to bottom; each 
 else read with one wrong letter with probability `OCR_MISREADS`. The wrong letter is the word's easiest one to mistake in
 our font, so that a word is misread in one way only (`MISREAD`).
 
-Of the ten annotators each says 'unanswerable' with probability `GAVE_UP`, else swaps two neighbouring letters with probability `MISSPELT`,
-else says the word. `answer` is the word. The metric is TextVQA's soft accuracy, which needs three of them to agree.
+Of the ten annotators each says 'unanswerable' with probability `GAVE_UP`, else swaps two neighbouring letters with
+probability `MISSPELT`, else says the word. `answer` is the word. The metric is TextVQA's soft accuracy, which needs three of
+them to agree.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ GAVE_UP, MISSPELT = 0.02, 0.03
 N_SIGNS_WEIGHTS = (35, 40, 25)  # of one, two and three signs
 GAP = 6  # px between two boards, and between a board and the border
 TRIES = 40
-NEAR, CLEARLY = 40.0, 35.0  # px from an object's edge to its sign's board, at most; and how much farther every other sign is
+NEAR = 40.0  # px from an object's edge to the board of its sign, at most
+CLEARLY = 35.0  # px that every other sign is farther away
 BOARDS = (
     (34, 34, 40), (92, 18, 24), (14, 66, 38), (20, 34, 92), (60, 40, 24),
     (238, 234, 224), (252, 240, 190), (208, 228, 246), (224, 240, 214),

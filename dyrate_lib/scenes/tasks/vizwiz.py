@@ -208,19 +208,18 @@ def _ask_largest(view: _View, rng: random.Random) -> Asked | None:
 
 def _ask_number(view: _View, rng: random.Random) -> Asked | None:
     draw, o = rng.random(), _pick(rng, view.visible)
+    tell, what, asked = "colour", "things", list(view.objects)
     if draw < 0.4:
-        tell, text, asked = "colour", f"How many {o.color} things are there?", [p for p in view.objects if p.color == o.color]
+        what, asked = f"{o.color} things", [p for p in view.objects if p.color == o.color]
     elif draw < 0.8:
-        tell, text, asked = "shape", f"How many {_plural(o.shape)} are there?", [p for p in view.objects if p.shape == o.shape]
-    else:
-        tell, text, asked = "colour", "How many things are there?", list(view.objects)
+        tell, what, asked = "shape", _plural(o.shape), [p for p in view.objects if p.shape == o.shape]
     if not view.decided(lambda p: p in asked):
         return None
     counted = [p for p in asked if p in view.visible]
     number = len(counted)
     wrong = number + 1 if number == 1 or rng.random() < 0.5 else number - 1
     smallest = min(counted, key=lambda p: p.radius)
-    return Asked(text, str(number), tell, smallest.radius, 1.0, str(wrong))
+    return Asked(f"How many {what} are there?", str(number), tell, smallest.radius, 1.0, str(wrong))
 
 
 def _ask_existence(view: _View, rng: random.Random) -> Asked | None:
