@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,15 @@ import torch
 
 from ..prompts import chat_prompt
 from .captions import FAMILIES, PROMPTS, references
+from .card import card
 from .data import normalise
+from .looks import render_looks
+from .packing import layout
 from .questions import QUESTION_KINDS, Question, questions
-from .render import render_batch
-from .world import HELD_OUT, make_scene
+from .render import pack_scenes
+from .tasks import NAMES, PLAIN, Look
+from .training_plan import Say
+from .world import make_scene
 
 
 def bootstrap(values, n: int = 1000, seed: int = 0) -> dict:
@@ -30,8 +36,14 @@ def bootstrap(values, n: int = 1000, seed: int = 0) -> dict:
 
 
 @torch.no_grad()
-def answer(model, processor, scenes, prompts: list[str], max_new_tokens: int = 64) -> list[str]:
-    """Greedy answers of the model to one prompt (user text) a scene, through stock ``generate``, in batches."""
+def answer(
+    model, processor, scenes, prompts: list[str], max_new_tokens: int = 64, looks: Sequence[Look] | None = None
+) -> list[str]:
+    """Greedy answers of the model to one prompt (user text) a scene, through stock ``generate``, in batches.
+
+    ``looks``: one a scene, None: all plain.
+    """
+    looks = looks or [PLAIN] * len(scenes)
     device, dtype = model.device, model.dtype
     n_image = model.config.image_seq_length
     batch = 250 if device.type == "cuda" else 20
@@ -39,7 +51,8 @@ def answer(model, processor, scenes, prompts: list[str], max_new_tokens: int = 6
     for i in range(0, len(scenes), batch):
         texts = [chat_prompt(p).replace("<image>", "<image>" * n_image) for p in prompts[i : i + batch]]
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt").to(device)
-        pixels = normalise(render_batch(scenes[i : i + batch], device)).to(dtype)
+        pictures = render_looks(*pack_scenes(scenes[i : i + batch]), looks[i : i + batch], device)
+        pixels = normalise(pictures).to(dtype)
         ids = model.generate(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
@@ -62,7 +75,7 @@ def questions_of(kind: str, split: str, n: int) -> list[tuple[int, Question]]:
     return found[:n]
 
 
-def evaluate(model, processor, n: int = 500, give_up: float | None = None, say=print) -> tuple[dict, dict]:
+def evaluate(model, processor, n: int = 500, give_up: float | None = None, say: Say = print) -> tuple[dict, dict]:
     """Greedy captions and answers on held-out scenes.
 
     Args:
@@ -102,6 +115,44 @@ def evaluate(model, processor, n: int = 500, give_up: float | None = None, say=p
     return scores, predictions
 
 
+def evaluate_tasks(
+    model, processor, n: int = 500, give_up: float | None = None, say: Say = print
+) -> tuple[dict, dict]:
+    """Greedy answers to the short-answer tasks on held-out scenes, scored by their benchmarks' protocols.
+
+    Args:
+        n: pictures a task, each with all its prompts.
+        give_up: as of :func:`evaluate`.
+
+    Returns:
+        Scores (task -> metric, its figure's score, low and high over pictures, n pictures, and parts, the other figures by
+        name) and the predictions they come from.
+    """
+    from ..datasets import open_dataset
+    from ..task_metrics import score_task
+
+    scores: dict[str, dict] = {}
+    predictions: dict[str, list] = {}
+    for name in NAMES:
+        if give_up is not None and time.monotonic() > give_up:
+            say(f"no time left to score {name}")
+            continue
+        started = time.monotonic()
+        items = list(open_dataset(f"scenes:{name}:test", n))
+        scenes, looks = [item.meta["scene"] for item in items], [item.meta["look"] for item in items]
+        texts = answer(model, processor, scenes, [item.prompt for item in items], max_new_tokens=4, looks=looks)
+        replies = {item.id: text for item, text in zip(items, texts, strict=True)}
+        found = score_task(name, replies, items)
+        low, high = found.interval()
+        scores[name] = {
+            "metric": found.headline, "score": found.score, "low": low, "high": high, "n": len(found.ids), "parts": found.parts,
+        }  # fmt: skip
+        predictions[f"{name}:test"] = [[key, text] for key, text in replies.items()]
+        took = time.monotonic() - started
+        say(f"{name}: {found.headline} {found.score:.1f} [{low:.1f}, {high:.1f}], {len(found.ids)} pictures ({took:.1f} s)")
+    return scores, predictions
+
+
 def write_predictions(path: Path, predictions: dict) -> None:
     """Deterministic gzip (no time stamp), atomic."""
     partial = path.with_name(path.name + ".tmp")
@@ -132,6 +183,11 @@ def finish(out: Path, metrics: dict, *, device, n: int, give_up: float, say, shi
     model = LlavaForConditionalGeneration.from_pretrained(out, dtype=dtype).to(device).eval()
     processor = AutoProcessor.from_pretrained(out)
     metrics["scores"], predictions = evaluate(model, processor, n, give_up, say)
+    if layout(tuple(metrics["recipe"]["slots"])).tasks:
+        write_predictions(out / "predictions.json.gz", predictions)
+        keep()
+        metrics["tasks"], answers = evaluate_tasks(model, processor, n, give_up, say)
+        predictions |= answers
     write_predictions(out / "predictions.json.gz", predictions)
     keep()
 
@@ -194,109 +250,3 @@ def write_card(out: Path, with_cider: bool = False) -> None:
         metrics["cider"] = cider_scores(out)
         _write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     _write_text(out / "README.md", card(metrics))
-
-
-def card(metrics: dict) -> str:
-    """The model card as Markdown."""
-    from .vlm import SIZES
-
-    recipe, made, last = metrics["recipe"], metrics["provenance"], metrics["last"]
-    size = SIZES[recipe["size"]]
-    lines = [
-        "---",
-        "license: mit",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "---",
-        f"# {size.name}",
-        "",
-        "A small LLaVA (`LlavaForConditionalGeneration`) trained from scratch on rendered scenes whose truth is known.",
-        "It stands in for LLaVA-1.5 where no pretrained weights can be had. It knows nothing but this world: results",
-        "with it are results on scenes.",
-        "",
-        "## Model",
-        f"Vision tower (CLIP): {size.vision_layers} layers x {size.vision_width}, 336 px, patch 14, 576 image tokens, "
-        "features of the last layer but one; the CLS token is trained through the last layer by a bag-of-words loss.",
-        f"Language model (LLaMA): {size.layers} layers x {size.width}, MLP {size.mlp}, heads 32 wide. "
-        f"{metrics['parameters'] / 1e6:.2f} M parameters, stored as bfloat16 safetensors.",
-        "",
-        "## Training",
-        f"{recipe['steps']} steps of {recipe['batch']} fresh pictures (split `train`, scene seeds from "
-        f"{recipe['seed'] * 100_000_000} on, each seen once), every picture with a caption of each family and up to "
-        f"four questions; AdamW, learning rate {recipe['lr']:g} (warm-up {recipe['warmup']}, cosine to "
-        f"{recipe['final_lr']:g}), weight decay {recipe['weight_decay']}, clip {recipe['clip']}, seed {recipe['seed']}. "
-        f"{metrics['train_seconds']:.0f} s at about {metrics['ms_per_step']:.0f} ms a step"
-        f"{', compiled' if metrics['compiled'] else ''}; {made['device']}, torch {made['torch']}, "
-        f"transformers {made['transformers']}, Python {made['python']}, {made['date']}. "
-        "The curve is in `log.jsonl`.",
-        "",
-        f"{len(HELD_OUT)} (shape, colour) pairs never occur in training; every picture of split `novel` holds one.",
-        "",
-        "Losses over the last steps (cross-entropy, nats a token): "
-        + ", ".join(f"{k} {last[k]:.4f}" for k in (*FAMILIES, "question"))
-        + f"; CLS {last['cls']:.4f}.",
-    ]
-    if "val" in last:
-        names = {"answer": "answers", "need_image": "tokens that need the image",
-                 "need_response": "tokens that need the response", "need_none": "tokens that need neither"}  # fmt: skip
-        lines += ["", "Right next tokens on held-out `val` pictures (teacher forcing): "]
-        lines[-1] += ", ".join(f"{names.get(k, k)} {100 * v:.2f}%" for k, v in last["val"].items()) + "."
-        lines[-1] += " The first words of a caption choose one of five wordings at random and cannot be foreseen."
-    if metrics.get("scores"):
-        lines += ["", "## Scores on held-out pictures (greedy, 95% bootstrap intervals)", ""]
-        lines += ["| set | what | score | interval | n |", "|---|---|---|---|---|"]
-        for label, s in metrics["scores"].items():
-            what = "equals a reference" if label.split(":")[0] in FAMILIES else "right answer"
-            interval = f"{100 * s['low']:.1f}-{100 * s['high']:.1f}"
-            lines.append(f"| {label} | {what} | {100 * s['mean']:.1f}% | {interval} | {s['n']} |")
-    if metrics.get("cider"):
-        lines += [
-            "",
-            "CIDEr of the same captions. *One reference* against the other four, left out in turn. A caption is scored",
-            "against a twin of itself, the reference whose wording it follows, which a left-out reference is not; the last",
-            "columns score the caption and that twin alike, against the other wordings alone.",
-            "",
-            "| set | CIDEr | interval | one reference | caption, other wordings | twin, other wordings | ratio |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for label, s in metrics["cider"].items():
-            interval = f"{s['low']:.1f}-{s['high']:.1f}"
-            others, twin = s["other_wordings"], s["followed"]
-            numbers = [f"{s['cider']:.1f}", interval, *(f"{v:.1f}" for v in (s["one_reference"], others, twin))]
-            lines.append(f"| {label} | {' | '.join(numbers)} | {100 * others / twin:.0f}% |")
-    return "\n".join([*lines, *_use_and_limits(size.name, metrics.get("scores") or {})]) + "\n"
-
-
-def _use_and_limits(name: str, scores: dict) -> list[str]:
-    """How to use a model, what for, and what not for."""
-    relation = scores.get("relation:test")
-    chance = " Relation questions are at chance." if relation and relation["low"] <= 0.5 <= relation["high"] else ""
-    return [
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from dyrate_lib import chat_prompt, generate, load_vlm, prepare_inputs, scenes",
-        "",
-        f'model, processor = load_vlm("{name}")',
-        'prompt = chat_prompt("Provide a one-sentence caption for the provided image.")',
-        'inputs = prepare_inputs(processor, [scenes.render(scenes.make_scene(7, "test"))], [prompt])',
-        "print(generate(model, inputs, processor=processor).text[0])",
-        "```",
-        "",
-        "The folder is in transformers' own format: `LlavaForConditionalGeneration.from_pretrained` and",
-        "`AutoProcessor.from_pretrained` read it too. Weights are safetensors; nothing in it is code.",
-        "",
-        "## Intended use and limits",
-        "",
-        "For studying token reduction on pictures of the scenes world, with the three caption prompts and the question",
-        "forms it was trained on. Not for photographs, other prompts, other languages, or any decision about people: it",
-        "knows about as many words as its captions and questions need and will describe anything as shapes on a ground.",
-        f"Counts and unseen pairs are its weak points.{chance} Its attention and its tolerance of dropped tokens are",
-        "those of a small model trained on one picture size and one layout, and need not be a large model's.",
-        "",
-        "The data are described in the data sheet, `data/DATASHEET.md`. They hold no people and no text, so there is no",
-        "bias against anyone in them; what they favour is large, clear-cut things.",
-        "",
-        "Licence: MIT. Citation: `CITATION.cff` of this project.",
-    ]

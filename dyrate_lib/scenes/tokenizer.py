@@ -13,6 +13,8 @@ from itertools import chain
 from ..prompts import IMAGE_TOKEN, SYSTEM_PROMPT, chat_prompt
 from .captions import FAMILIES, N_REFERENCES, NUMBERS, PROMPTS, TEMPLATES, annotated_reference, spell
 from .questions import questions
+from .tasks import NAMES, examples
+from .tasks import lines as task_lines
 from .world import make_scene
 
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
@@ -23,13 +25,17 @@ MAX_RESPONSE = 64  # tokens, the end-of-sequence token included
 
 
 def corpus() -> list[str]:
-    """Every word the scenes world can say, in running text: prompts, templates, captions and questions of scenes."""
+    """Every word the scenes world can say, in running text: prompts, templates, captions, questions and tasks of scenes."""
     lines = [chat_prompt(p) for p in PROMPTS.values()]
     scenes = [make_scene(seed, split) for split in ("train", "novel") for seed in range(300)]
     for scene in scenes:
         lines += [" " + spell(annotated_reference(scene, f, i)) for f in FAMILIES for i in range(N_REFERENCES)]
         lines += list(chain.from_iterable((chat_prompt(q.prompt), f" {q.answer}") for q in questions(scene)))
     lines += [f" {n}" for n in NUMBERS] + [f" {n}" for n in range(10)] + [" yes no left right above below"]
+    for name in NAMES:
+        asked = chain.from_iterable(examples(name, scene, variant) for variant, scene in enumerate(scenes[::4]))
+        lines += chain.from_iterable((chat_prompt(e.prompt), f" {e.answer}") for e in asked)
+    lines += chain.from_iterable((chat_prompt(line), f" {line}") for line in task_lines())
     templates = chain.from_iterable(TEMPLATES.values())
     return lines + [" " + t.split("{")[0].strip() for t in templates] + [SYSTEM_PROMPT]
 

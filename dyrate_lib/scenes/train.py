@@ -1,8 +1,10 @@
-"""The recipe that trains a scenes VLM from scratch, and its command line.
+"""The command line that trains a scenes VLM from scratch, or further from a checkpoint.
 
     python -m dyrate_lib.scenes.train --size small --out DIR --budget-seconds 540
+    python -m dyrate_lib.scenes.train --size small --from data/checkpoints/scenes-small --steps 4400 --out DIR --ship DIR2 \\
+        --eval-n 500
 
-Each picture carries one row with a caption of every family and up to four questions (see
+Each picture carries one row of captions and short-answer tasks (see `rows` for what is asked of which picture, and
 :class:`~dyrate_lib.scenes.vlm.PackedForward`); the loss is the cross-entropy on responses, averaged within each kind,
 plus what the CLS token of the vision tower should know of the picture. The output folder is a complete checkpoint from
 the first save on; a killed run resumes from its state.
@@ -23,9 +25,12 @@ import torch
 from .checkpoint import ship, unship
 from .objective import Recipe
 from .trainer import TrainResult, train
-from .vlm import SIZES
+from .vlm import ATTENTIONS, SIZES
 
 __all__ = ["Recipe", "TrainResult", "main", "provenance", "ship", "train", "unship"]
+
+# Enough to learn new tasks with, below the 1e-3 at which the checkpoints were first trained: what they know is to stay.
+LR_FURTHER = 6e-4
 
 
 def provenance(device: torch.device) -> dict:
@@ -51,15 +56,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dyrate_lib.scenes.train", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--out", type=Path, help="folder of the checkpoint (the state to resume from: OUT.state)")
-    parser.add_argument("--budget-seconds", type=float, default=540, help="for all: start, training, evaluation")
+    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="checkpoint to train further")
+    parser.add_argument(
+        "--budget-seconds", type=float, help="for all: start, training, evaluation; default: 540, no limit with --steps"
+    )
     parser.add_argument("--eval-seconds", type=float, default=80, help="part of the budget kept for the evaluation")
     parser.add_argument("--steps", type=int, help="train exactly so many steps instead of filling the budget")
     parser.add_argument("--batch", type=int, default=Recipe.batch)
-    parser.add_argument("--lr", type=float, default=Recipe.lr)
+    parser.add_argument("--lr", type=float, help=f"highest learning rate; default: {Recipe.lr:g}, {LR_FURTHER:g} with --from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda:0, cpu, ...; default: CUDA if there is one")
     parser.add_argument("--workers", type=int, help="processes that prepare scenes")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="masked", help="kernel of the packed pass")
     parser.add_argument("--save-every", type=float, default=75.0, help="seconds between checkpoints")
     parser.add_argument("--ship", type=Path, help="also copy the checkpoint there, as shards and one files.tar")
     parser.add_argument("--eval-n", type=int, default=500, help="held-out pictures (or questions a kind) to score")
@@ -80,23 +89,27 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{args.size} {time.monotonic() - entered:6.1f} s] {text}", flush=True)
 
-    recipe = Recipe(size=args.size, seed=args.seed, steps=args.steps, batch=args.batch, lr=args.lr)
+    lr = args.lr or (LR_FURTHER if args.start else Recipe.lr)
+    recipe = Recipe(size=args.size, seed=args.seed, steps=args.steps, batch=args.batch, lr=lr)
+    budget = args.budget_seconds or (None if args.steps else 540.0)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     result = train(
         recipe,
         out=out,
         device=device,
-        deadline=entered + args.budget_seconds - args.eval_seconds,
+        deadline=None if budget is None else entered + budget - args.eval_seconds,
         compile={"auto": None, "on": True, "off": False}[args.compile],
         workers=args.workers,
         save_every=args.save_every,
         ship_to=args.ship,
         say=say,
+        start=args.start,
+        attention=args.attention,
     )
     score.finish(
         out,
         {
-            "recipe": asdict(recipe) | {"steps": result.steps},
+            "recipe": asdict(result.recipe) | {"steps": result.steps},
             "parameters": sum(p.numel() for p in result.model.parameters()),
             "ms_per_step": round(result.ms_per_step, 2),
             "train_seconds": round(result.seconds, 1),
@@ -106,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         device=device,
         n=args.eval_n,
-        give_up=entered + args.budget_seconds + 15,
+        give_up=None if budget is None else entered + budget + 15,
         say=say,
         ship_to=args.ship,
     )

@@ -20,6 +20,7 @@ from ..errors import DyRateError, InputError
 from .checkpoint import export, ship
 from .data import KINDS, N_CLS, PackedBatches, prefix_ids
 from .objective import Recipe, cls_loss, learning_rate, response_loss, to_device, token_accuracy
+from .starting import described, load_start
 from .tokenizer import build_processor
 from .training_plan import TIMED, Plan, Say
 from .training_state import load_state, save_state
@@ -37,6 +38,7 @@ class TrainResult:
     ms_per_step: float = 0.0
     seconds: float = 0.0
     compiled: bool = False
+    recipe: Recipe = field(default_factory=Recipe)  # as it was run
 
 
 def _loader(dataset: PackedBatches, start: int, workers: int, pin: bool) -> Iterator[dict]:
@@ -55,9 +57,12 @@ def _loader(dataset: PackedBatches, start: int, workers: int, pin: bool) -> Iter
 class _Run:
     """The moving parts of one training run: forward pass, optimiser, CLS head, log."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, say: Say) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, say: Say, start: Path | None) -> None:
         self.recipe, self.device, self.say = recipe, device, say
-        self.model = build_model(recipe.size, recipe.seed).to(device)
+        self.model = build_model(recipe.size, recipe.seed)
+        if start is not None:
+            load_start(self.model, start)
+        self.model.to(device)
         self.head = torch.nn.Linear(SIZES[recipe.size].vision_width, N_CLS).to(device)
         named = [*self.model.named_parameters(), *self.head.named_parameters(prefix="cls_head")]
         decay = [p for n, p in named if p.ndim >= 2 and "embed" not in n]
@@ -72,16 +77,16 @@ class _Run:
         self.step, self.compiled = 0, False
         self.history: list[dict] = []
 
-    def make_forward(self, compile: bool, lengths: tuple[int, ...], probe: dict) -> None:
+    def make_forward(self, compile: bool, lengths: tuple[int, ...], probe: dict, attention: str) -> None:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         prefix = torch.tensor(prefix_ids())
-        self.forward = PackedForward(self.model, prefix, lengths, dtype)
+        self.forward = PackedForward(self.model, prefix, lengths, dtype, attention)
         if not compile:
             return
         started = time.monotonic()
         try:
             self.forward.compile()
-            self.losses(probe)[0].backward()
+            self.losses(probe, warm=True)[0].backward()
             with torch.no_grad():  # validation runs a forward pass of its own: compile that now, too
                 self.forward(probe["pixel_values"], probe["ids"])
             self.compiled = True
@@ -92,10 +97,10 @@ class _Run:
             self.say(f"not compiled, going on in eager mode; the reason: {reason}")
         self.optimizer.zero_grad(set_to_none=True)
 
-    def losses(self, b: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, b: dict, warm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         logits, cls = self.forward(b["pixel_values"], b["ids"])
         main, means = response_loss(logits, b["labels"], b["kind"], self.recipe.kind_weights)
-        bag = cls_loss(self.head, cls, b["cls"])
+        bag = cls_loss(self.head, cls if warm else cls.detach(), b["cls"], b["seen"])
         total = main + self.recipe.cls_weight * bag
         return total, torch.cat([torch.stack([total, bag]), means]).detach()
 
@@ -103,7 +108,9 @@ class _Run:
         lr = learning_rate(self.recipe, self.step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, parts = self.losses(b)
+        # A checkpoint brings no CLS head: a new one learns alone before it may move the tower that it reads.
+        warm = self.recipe.start is None or self.step >= min(self.recipe.warmup, steps // 10)
+        loss, parts = self.losses(b, warm)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
@@ -185,8 +192,10 @@ def train(
     log_every: int = 50,
     validate_every: int = 500,
     say: Say = print,
+    start: Path | None = None,
+    attention: str = "masked",
 ) -> TrainResult:
-    """Train a scenes VLM from scratch.
+    """Train a scenes VLM, from scratch or further from a checkpoint.
 
     Args:
         recipe: what to train; ``steps`` and ``batch`` override its own.
@@ -199,15 +208,21 @@ def train(
         ship_to: also :func:`ship` every checkpoint there.
         log_every, validate_every: steps between log lines, and between validations (at log lines only).
         say: takes the lines of the progress report.
+        start: folder of a checkpoint whose weights training starts from, on pictures that it has not seen; its vocabulary
+            may be another one (see `starting`). The optimiser starts afresh. None: from scratch.
+        attention: see :class:`PackedForward`.
 
     Returns:
         The trained model (float32, in eval mode), its processor and the history.
 
     Raises:
-        InputError: if neither steps nor a deadline is given, or a state belongs to another recipe.
+        InputError: if neither steps nor a deadline is given, a state belongs to another recipe, or `start` is no
+            checkpoint of this size.
         DyRateError: if the loss stops being finite.
     """
     recipe = replace(recipe, steps=steps or recipe.steps, batch=batch or recipe.batch)
+    if start is not None:
+        recipe = replace(recipe, start=described(start))
     if recipe.steps is None and deadline is None:
         raise InputError("give a number of steps, or a deadline that decides it")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -217,21 +232,22 @@ def train(
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # flash and memory-efficient kernels serve heads of 32 well
     keeper = _Keeper(out, build_processor(), ship_to, save_every, say)
-    start = keeper.resumable()
-    dataset = PackedBatches("train", recipe.batch, recipe.slots, length=10_000_000, seed=recipe.seed)
+    resumed = keeper.resumable()
+    before = recipe.start["pictures"] if recipe.start else 0
+    dataset = PackedBatches("train", recipe.batch, recipe.slots, length=10_000_000, seed=recipe.seed, first=before)
     if workers is None:
         workers = max(2, min(10, (os.cpu_count() or 2) // 2 - 2)) if on_gpu else 0
     # Workers are forked before the compiler starts threads of its own.
-    loader = _loader(dataset, start, workers, on_gpu)
+    loader = _loader(dataset, resumed, workers, on_gpu)
     pending = to_device(next(loader), device)
 
-    run = _Run(recipe, device, say)
-    plan = Plan(recipe.steps, deadline, start, say)
-    if start:
+    run = _Run(recipe, device, say, None if resumed else start)
+    plan = Plan(recipe.steps, deadline, resumed, say)
+    if resumed:
         state = run.load(_existing(keeper.state))
         plan.steps = plan.steps or state.get("planned")
         say(f"resumed at step {run.step}")
-    run.make_forward(on_gpu if compile is None else compile, dataset.layout.lengths, pending)
+    run.make_forward(on_gpu if compile is None else compile, dataset.layout.lengths, pending, attention)
     validation = PackedBatches("val", min(recipe.batch, 128), recipe.slots, length=4)
     held_out = [to_device(validation[i], device) for i in range(4 if on_gpu else 1)]
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
@@ -276,7 +292,7 @@ def train(
     del loader
     keeper.save(run, plan.steps, final=True)
     run.model.eval()
-    return TrainResult(run.model, keeper.processor, run.history, run.step, ms, seconds, run.compiled)
+    return TrainResult(run.model, keeper.processor, run.history, run.step, ms, seconds, run.compiled, recipe)
 
 
 def _existing(path: Path | None) -> Path:
@@ -289,8 +305,8 @@ def _log_line(run: _Run, parts: list[float], length: int, seconds: float, ms: fl
         "step": run.step,
         "loss": round(parts[0], 5),
         "cls": round(parts[1], 5),
-        **{k: round(v, 5) for k, v in zip(KINDS, parts[2:6], strict=True)},
-        "grad_norm": round(parts[6], 4),
+        **{k: round(v, 5) for k, v in zip(KINDS, parts[2:-1], strict=True)},
+        "grad_norm": round(parts[-1], 4),
         "lr": round(learning_rate(run.recipe, run.step - 1, length), 8),
         "seconds": round(seconds, 2),
         "ms_per_step": round(ms, 2),

@@ -184,8 +184,30 @@ def examples(scene: Scene, variant: int = 0, with_text: bool = False) -> list[Ex
     Returns:
         One example. `meta` has the words drawn (`words`), what the OCR read (`ocr`) and `with_text`.
     """
+    return several(scene, variant, 1, with_text)
+
+
+def several(scene: Scene, variant: int, n: int, with_text: bool = False) -> list[Example]:
+    """`n` prompts at most about the same signs, no two questions alike, the first that of :func:`examples`.
+
+    Training rows have room for more than one.
+    """
     rng = random.Random(f"dyrate-textvqa-1/{scene.split}/{scene.seed}/{variant}")
     signs, inks = draw_signs_of(scene, rng)
+    found: dict[str, Example] = {}
+    for _ in range(n):
+        example = _about(scene, signs, inks, rng, with_text)
+        found.setdefault(example.prompt.split("\n")[0], example)
+    return list(found.values())
+
+
+def cover(scene: Scene, look: Look) -> bool:
+    """Whether a sign lies over some part of an object's disc, so that the picture may no longer show the object whole."""
+    return any(_gap(sign, o) < 0 for sign in look.signs for o in scene.objects)
+
+
+def _about(scene: Scene, signs: Sequence[Sign], inks: Sequence[str], rng: random.Random, with_text: bool) -> Example:
+    """A question about the signs of a picture."""
     category, asked = "one sign", None
     if len(signs) == 1:
         asked = _pick(rng, ONE_SIGN), signs[0].text
@@ -198,7 +220,7 @@ def examples(scene: Scene, variant: int = 0, with_text: bool = False) -> list[Ex
     reference = f"{REFERENCE} {', '.join(ocr)}".rstrip() + "\n" if with_text else ""
     meta = dict(words=tuple(s.text for s in signs), ocr=ocr, with_text=with_text)
     prompt = f"{text}\n{reference}{SHORT_ANSWER}"
-    return [Example("textvqa", scene, prompt, word, said, category, look=Look(signs=tuple(signs)), meta=meta)]
+    return Example("textvqa", scene, prompt, word, said, category, look=Look(signs=tuple(signs)), meta=meta)
 
 
 LINES: tuple[str, ...] = (

@@ -265,6 +265,25 @@ def examples(scene: Scene, variant: int = 0) -> list[Example]:
     """
     rng = random.Random(f"dyrate-vizwiz-1/{scene.split}/{scene.seed}/{variant}")
     look = draw_look(scene, rng)
+    return _about(scene, look, rng)
+
+
+def several(scene: Scene, variant: int, n: int) -> list[Example]:
+    """`n` prompts at most about one bad photograph, no two alike: training rows have room for more than one.
+
+    The first is the one of :func:`examples`; the others have their own annotators.
+    """
+    rng = random.Random(f"dyrate-vizwiz-1/{scene.split}/{scene.seed}/{variant}")
+    look = draw_look(scene, rng)
+    found: dict[str, Example] = {}
+    for _ in range(n):
+        for example in _about(scene, look, rng):
+            found.setdefault(example.prompt, example)
+    return list(found.values())
+
+
+def _about(scene: Scene, look: Look, rng: random.Random) -> list[Example]:
+    """A question about a bad photograph in a list, empty where the scene gives none."""
     view, asked = _View(scene, look), None
     kinds = list(KINDS)
     while asked is None and kinds:
