@@ -111,8 +111,8 @@ def train_predictor(
     inputs: what the predictor reads, one of `predictor_inputs.INPUTS` (see `RatePredictor`): the paper's attention shares, or a
     control. All else is the same for each: references, budget, start, draws of rates. "foreign" exchanges pictures within the
     batch; "oracle" is told what every token of a reference needs, which captions of scenes say.
-    constraint: "penalty", the squared term above; "lagrangian", mu (ratio - target) in its place with mu += eta (ratio - target)
-    after every step, from 0 (`training_budget.Lagrangian`). lam is the penalty's alone, eta the Lagrangian's.
+    constraint: "penalty", the squared term above; "lagrangian", beside it mu (ratio - target) with mu += eta (ratio - target)
+    after every step, from 0 (`training_budget.Lagrangian`); lam then damps, and eta is this constraint's alone.
     reversible: train for `DyRate(reversible=True)`, where dropped tokens may come back: m_t is the mask drawn at step t, and the
     prompt's pass is counted in full.
 
@@ -144,7 +144,7 @@ def train_predictor(
     predictor = RatePredictor(adapter.n_heads, n_rates, layer, inputs=inputs, hidden=hidden).to(device).train()
     optimizer = torch.optim.Adam(predictor.parameters(), lr=lr)
     ratio_of = FlopsRatio(info, layer, n_rates, convention, reversible)
-    held_by = Penalty(target, lam) if constraint == "penalty" else Lagrangian(target, eta)
+    held_by: Penalty = Penalty(target, lam) if constraint == "penalty" else Lagrangian(target, lam, eta)
     reader = FeatureReader(inputs, processor.tokenizer, max_new_tokens, seed)
     history: list[dict[str, float]] = []
     batches = _batches(dataset, batch_size, draw)
@@ -195,7 +195,6 @@ def train_predictor(
         lr=lr, lam=lam, tau=list(tau),
     )  # fmt: skip
     if isinstance(held_by, Lagrangian):
-        del predictor.metadata["lam"]
         predictor.metadata.update(constraint=constraint, eta=eta, mu=held_by.mu)
     if reversible:
         predictor.metadata.update(reversible=True)
@@ -206,7 +205,7 @@ def train_predictor(
 def predictor_loss(
     adapter: Adapter, logits: Tensor, forced: TeacherForced, response: Tensor, lengths: Sequence[int],
     ratio_of: FlopsRatio, tau: float, target: float, lam: float, noise: torch.Generator | None,
-    held_by: Penalty | Lagrangian | None = None,
+    held_by: Penalty | None = None,
 ) -> tuple[dict[str, float], Tensor]:  # fmt: skip
     """One batch's loss from the predictor's logits [b, R, n_rates]: (figures for the history, differentiable scalar).
 

@@ -108,23 +108,24 @@ class Penalty:
 
 
 @dataclass
-class Lagrangian:
-    """mu (ratio - target), mu rising by eta (ratio - target) at every step: descent in the weights, ascent in the multiplier
-    (Arrow, Hurwicz and Uzawa 1958; Platt and Barr 1988). At rest the ratio is the target, whatever the rest of the loss wants.
+class Lagrangian(Penalty):
+    """mu (ratio - target) + lam (ratio - target)^2, mu rising by eta (ratio - target) at every step: the method of multipliers
+    (Hestenes 1969; Powell 1969), descent in the weights and ascent in mu. At rest the ratio is the target whatever the rest of
+    the loss wants, and mu is what the rest would gain by a larger budget: -(d rest / d ratio).
 
     The constraint is an equality, so mu may be negative: a budget is to be used up as well as kept to. Clamped at zero it
-    would only hold ratio <= target.
+    would only hold ratio <= target. The square is what damps the ascent. Without it (lam = 0, the plain Lagrangian) the two
+    chase each other, as Adam steps by the sign of a gradient more than by its size; DEVIATIONS.md has the figures.
     """
 
-    target: float
-    eta: float
+    eta: float = ETA
     mu: float = 0.0
 
     def __call__(self, ratio: Tensor) -> Tensor:
-        return self.mu * (ratio - self.target)
+        return self.mu * (ratio - self.target) + super().__call__(ratio)
 
     def slope(self, ratio: Tensor) -> Tensor:
-        return torch.full_like(ratio, self.mu)
+        return self.mu + super().slope(ratio)
 
     def update(self, ratio: float) -> dict[str, float]:
         """The ascent; the figure is the multiplier that the step's loss had."""
