@@ -104,7 +104,7 @@ class PrunedDecoder:
                     )
                     state.reads = state.present
                 else:
-                    state.start(self.shares, self._scores())
+                    state.start(self.shares, self._scores(), x[:, -1] if self.method.wants_hidden else None)
         return self.adapter.logits(x[:, -1])
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class PrunedDecoder:
             if index == self.feature_layer:
                 self._look(q, keys)
                 if self.layer < adapter.n_layers:
-                    state.advance(self.shares, self._scores)
+                    state.advance(self.shares, self._scores, x.flatten(1) if self.method.wants_hidden else None)
         return step.logits(x)
 
     # -- what a query row sees ------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from torch import Tensor
 from .accounting import flops
 from .errors import InputError
 from .generation import GenerationOutput, generate
-from .methods import DyRate, Method, NoReduction
+from .methods import Method, NoReduction
 from .models import FEATURES, Adapter, model_info
+from .predictor import RatePredictor
 from .prepared import batches, clear_cache, features, pictures
 
 if TYPE_CHECKING:
@@ -42,14 +43,15 @@ def describe(method: Method | None) -> dict[str, Any]:
     if not isinstance(method, Method):
         raise InputError(f"method must be a Method such as FastV(), or None; got {type(method).__name__}.")
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if not f.name.startswith("_")}  # type: ignore[arg-type]
-    if isinstance(method, DyRate):
-        fields["predictor"] = predictor_hash(method.predictor)
+    if isinstance(fields.get("predictor"), RatePredictor):
+        fields["predictor"] = predictor_hash(fields["predictor"])
     return {"method": method.name, **{key: _plain(value) for key, value in fields.items()}}
 
 
 def predictor_hash(predictor: Any) -> str:
-    """16 hex digits from a predictor's weights and layer; not from its metadata."""
-    digest = hashlib.sha256(f"{predictor.n_heads}/{predictor.n_rates}/{predictor.layer}".encode())
+    """16 hex digits from a predictor's weights, layer and inputs; not from its metadata."""
+    kind = "" if predictor.inputs == "shares" else f"/{predictor.inputs}"
+    digest = hashlib.sha256(f"{predictor.n_heads}/{predictor.n_rates}/{predictor.layer}{kind}".encode())
     for name, value in sorted(predictor.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

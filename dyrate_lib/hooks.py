@@ -93,6 +93,11 @@ class StockPruning(PictureWatch):
                 f"Attention {implementation!r} is not supported under pruning: load the model with 'sdpa', 'eager' or "
                 "'flash_attention_2'."
             )
+        if self.method.wants_hidden:
+            raise InputError(
+                f"{type(self.method).__name__} reads the hidden state that enters layer {self.layer}; under stock generate it "
+                f"has to choose before layer {self.layer - 1} has made it: use dyrate_lib.generate."
+            )
         if self._implementation == "flash" and self.method.reversible:
             raise InputError(
                 f"{type(self.method).__name__}(reversible=True) reads the prompt under a mask of its own, which flash "

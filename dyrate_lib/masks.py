@@ -64,12 +64,13 @@ def gumbel_one_hot(logits: Tensor, tau: float, generator: torch.Generator | None
     return hard + soft - soft.detach()
 
 
-def select_masks(one_hot: Tensor, rate_masks: Tensor) -> Tensor:
-    """m = sum_k y_k m^k (eq. 5), made final over steps: m_t = m_{t-1} * sum_k y_{t,k} m^k.
+def select_masks(one_hot: Tensor, rate_masks: Tensor, reversible: bool = False) -> Tensor:
+    """m = sum_k y_k m^k (eq. 5), made final over steps unless `reversible`: m_t = m_{t-1} * sum_k y_{t,k} m^k.
 
-    one_hot: [B, steps, n_rates]; rate_masks: [B, n_rates, N] float. Returns [B, steps, N], monotone falling in steps.
+    one_hot: [B, steps, n_rates]; rate_masks: [B, n_rates, N] float. Returns [B, steps, N], monotone falling in steps if final.
     """
-    return torch.cumprod(one_hot @ rate_masks.to(one_hot.dtype), dim=1)
+    selected = one_hot @ rate_masks.to(one_hot.dtype)
+    return selected if reversible else torch.cumprod(selected, dim=1)
 
 
 def running_rate_distribution(probabilities: Tensor) -> Tensor:

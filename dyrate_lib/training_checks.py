@@ -13,9 +13,11 @@ import torch
 from . import distributed
 from .accounting import CONVENTIONS
 from .errors import InputError, check_whole
+from .predictor_inputs import INPUTS
+from .training_budget import CONSTRAINTS
 
 if TYPE_CHECKING:
-    from .training import FlopsRatio, _Lengths
+    from .training_budget import FlopsRatio, Lengths
 
 NEAR = 0.01  # how far out of reach a target is let pass without a word: batches differ in length
 log = logging.getLogger("dyrate_lib.training")
@@ -40,6 +42,21 @@ def check_settings(
         raise InputError(f"tau={tau!r} must be two temperatures above 0, the first step's and the last's, which is no higher.")
 
 
+def check_controls(inputs: str, constraint: str, eta: float, reversible: bool, convention: str, batch: int) -> None:
+    """Refuse what a control or a constraint cannot be trained with; batch: pictures of one step. Raises InputError."""
+    for name, value, known in (("inputs", inputs, INPUTS), ("constraint", constraint, CONSTRAINTS)):
+        if value not in known:
+            raise InputError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}.")
+    if not _number(eta) or eta <= 0:
+        raise InputError(f"eta={eta!r} must be a number above 0.")
+    if not isinstance(reversible, bool):
+        raise InputError(f"reversible={reversible!r} must be True or False.")
+    if reversible and convention == "paper-prefill":
+        raise InputError("Where tokens may come back the prompt is read in full, so by 'paper-prefill' there is nothing to save.")
+    if inputs == "foreign" and batch == 1:
+        raise InputError("inputs='foreign' takes another picture of the batch: choose a batch_size and a data set of at least 2.")
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -53,7 +70,7 @@ def check_references(item: Any, number: int) -> None:
 
 
 def warn_if_out_of_reach(
-    batches: Sequence[tuple[_Lengths, Sequence[int]]], ratio_of: FlopsRatio, target: float
+    batches: Sequence[tuple[Lengths, Sequence[int]]], ratio_of: FlopsRatio, target: float
 ) -> None:
     """Tell the log if the highest rate at every step would cost more than the target.
 

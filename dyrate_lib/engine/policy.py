@@ -22,6 +22,7 @@ from ..methods.before import BeforeLLM
 from ..methods.dyrate import DyRate
 from ..methods.schedule import RatePath
 from ..methods.staged import Staged
+from ..predictor_inputs import BLIND
 
 COURSES = 64  # courses remembered: to foretell one takes a call of the method for every step
 _known: OrderedDict[tuple, Tensor] = OrderedDict()
@@ -63,7 +64,8 @@ def rule_of(method: Method, layer: int, n_layers: int, n_heads: int, n_image: Te
         return Rule(n_image[None].expand(steps, -1), None, None, False)
     if _is_dyrate(method):
         return Rule(None, predictor, caps, True, rank, reversible)
-    key = _key(method, n_image, steps)
+    # a predictor's weights may change between two calls
+    key = None if isinstance(method, DyRate) else _key(method, n_image, steps)
     course = None if key is None else _known.get(key)
     if course is None:
         course = _course(method, n_image, steps if moves else 1, n_heads)
@@ -86,6 +88,13 @@ def check_method(method: Method) -> None:
             f"The graph engine does not run {type(method).__name__}: it runs the whole sequence anew for every token. Use "
             "engine='reference'."
         )
+    reads = getattr(_predictor(method), "inputs", "shares")
+    if reads not in ("shares", *BLIND):
+        what = "the hidden state" if reads == "hidden" else "another picture's attention"
+        raise Unsupported(
+            f"The graph engine does not run a predictor that reads {what}: its steps hold attention shares only. Use "
+            "engine='reference'."
+        )
     if type(method).runner not in (Method.runner, BeforeLLM.runner, Staged.runner):
         raise Unsupported(
             f"The graph engine does not run {type(method).__name__}: it brings a decoder of its own. Use engine='reference'."
@@ -94,7 +103,9 @@ def check_method(method: Method) -> None:
 
 def _is_dyrate(method: Method) -> bool:
     kind = type(method)
-    return isinstance(method, DyRate) and kind.step is DyRate.step and kind.prefill is DyRate.prefill
+    if not isinstance(method, DyRate) or method.loaded.inputs != "shares":
+        return False
+    return kind.step is DyRate.step and kind.prefill is DyRate.prefill
 
 
 def _key(method: Method, n_image: Tensor, steps: int) -> tuple | None:
@@ -120,9 +131,15 @@ def _plain(value: Any) -> Any:
 
 
 def _linear(method: Method) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of the predictor that a method runs at every pass, on the device, or None."""
-    placed: Any = getattr(method, "_placed", None) or getattr(method, "_predictor", None)
-    return None if placed is None else (placed.linear.weight.data.float(), placed.linear.bias.data.float())
+    """Weight and bias of the predictor that a method runs on the shares at every pass, on the device, or None."""
+    placed = _predictor(method)
+    if placed is None or placed.inputs != "shares":
+        return None
+    return placed.linear.weight.data.float(), placed.linear.bias.data.float()
+
+
+def _predictor(method: Method) -> Any:
+    return getattr(method, "_placed", None) or getattr(method, "_predictor", None)
 
 
 def _course(method: Method, n_image: Tensor, steps: int, n_heads: int) -> Tensor:

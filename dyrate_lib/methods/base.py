@@ -34,25 +34,29 @@ class PrefillView:
 
     scores [B, N] float32: head-mean attention of the last prompt token at layer P - 1 (-inf where absent);
     shares [B, H, 4] float32; n_image [B] int64; content_key [B] int64, one number a sample, the same in any batch.
+    hidden [B, D]: that row as it enters layer P, for methods that ask (`Method.wants_hidden`).
     """
 
     scores: Tensor
     shares: Tensor
     n_image: Tensor
     content_key: Tensor
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepView:
     """What a method sees before it reads the image again at decode step `step` >= 1.
 
-    shares [B, H, 4] of the newest query row; kept [B] int64 so far; n_image [B] int64.
+    shares [B, H, 4] of the newest query row; kept [B] int64 so far; n_image [B] int64; content_key and hidden as at prefill.
     """
 
     step: int
     shares: Tensor
     kept: Tensor
     n_image: Tensor
+    content_key: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Method:
@@ -68,6 +72,11 @@ class Method:
     reversible: bool = False
     refresh: bool = False
     layer: int | None = None
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether `prefill` and `step` are to be shown the hidden state; our own reference loop has it."""
+        return False
 
     def resolve_layer(self, n_layers: int) -> int:
         """P for a model of `n_layers`: layers 0..P-1 see every token.
@@ -224,9 +233,9 @@ class PruneState:
         self.slots: dict[int, int] = {}
         self._extents: dict[int, tuple[int, int]] = {}
 
-    def start(self, shares: Tensor, scores: Tensor) -> None:
-        """Order the tokens and choose how many stay for the prompt. shares [B, H, 4]; scores [B, N]."""
-        view = PrefillView(scores, shares, self.n_image, self.content_key)
+    def start(self, shares: Tensor, scores: Tensor, hidden: Tensor | None = None) -> None:
+        """Order the tokens and choose how many stay for the prompt. shares [B, H, 4]; scores [B, N]; hidden [B, D] or None."""
+        view = PrefillView(scores, shares, self.n_image, self.content_key, hidden)
         order = self.method.order(view)
         # absent tokens last, whatever the method says
         late = torch.gather(~self.present, 1, order).long()
@@ -249,15 +258,16 @@ class PruneState:
     def reads(self, value: Any) -> None:
         self._reads = value
 
-    def advance(self, shares: Tensor, scores: Tensor | Callable[[], Tensor]) -> None:
+    def advance(self, shares: Tensor, scores: Tensor | Callable[[], Tensor], hidden: Tensor | None = None) -> None:
         """Let the method look at the newest query row and drop (or, if reversible, restore) tokens.
 
-        scores: [B, N], or what makes them: only methods that rank anew at each step ask.
+        scores: [B, N], or what makes them: only methods that rank anew at each step ask. hidden: [B, D], or None.
         """
         self.steps += 1
         if self.method.rank != "step" and type(self.method).step is Method.step:
             return  # nothing changes after the prompt
-        kept = self.method.step(StepView(self.steps, shares, self.kept, self.n_image)).clamp(min=0)
+        view = StepView(self.steps, shares, self.kept, self.n_image, self.content_key, hidden)
+        kept = self.method.step(view).clamp(min=0)
         kept = torch.minimum(kept, self.n_image if self.method.reversible else self.kept)
         if self.method.rank == "step":
             scores = scores if isinstance(scores, Tensor) else scores()
