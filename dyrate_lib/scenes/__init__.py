@@ -1,6 +1,7 @@
 """The rendered world: pictures whose truth is known, captions with known visual need, questions, and a small VLM."""
 
 from .captions import FAMILIES, NEEDS, PROMPTS, annotated_reference, references
+from .facts import Facts, caption_facts, fact_rates, fact_sums
 from .questions import QUESTION_KINDS, Question, questions
 from .render import object_masks, render, render_batch
 from .world import COLOR_NAMES, HELD_OUT, SHAPES, SPLITS, Scene, SceneObject, make_scene
@@ -8,6 +9,7 @@ from .world import COLOR_NAMES, HELD_OUT, SHAPES, SPLITS, Scene, SceneObject, ma
 __all__ = [
     "COLOR_NAMES",
     "FAMILIES",
+    "Facts",
     "HELD_OUT",
     "NEEDS",
     "PROMPTS",
@@ -18,6 +20,9 @@ __all__ = [
     "Scene",
     "SceneObject",
     "annotated_reference",
+    "caption_facts",
+    "fact_rates",
+    "fact_sums",
     "make_scene",
     "object_masks",
     "questions",
