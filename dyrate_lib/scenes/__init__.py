@@ -2,6 +2,7 @@
 
 from .captions import FAMILIES, NEEDS, PROMPTS, annotated_reference, references
 from .facts import Facts, caption_facts, fact_rates, fact_sums
+from .needs import image_need, reply_needs
 from .questions import QUESTION_KINDS, Question, questions
 from .render import object_masks, render, render_batch
 from .world import COLOR_NAMES, HELD_OUT, SHAPES, SPLITS, Scene, SceneObject, make_scene
@@ -23,10 +24,12 @@ __all__ = [
     "caption_facts",
     "fact_rates",
     "fact_sums",
+    "image_need",
     "make_scene",
     "object_masks",
     "questions",
     "references",
     "render",
     "render_batch",
+    "reply_needs",
 ]
