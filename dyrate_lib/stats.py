@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,13 +31,15 @@ def bootstrap_means(per_image: Sequence[float] | np.ndarray, n: int = 1000, seed
     """[n] float64 means of resamples, with replacement, of the per-image scores. The pictures are what is resampled."""
     values = _values(per_image)
     _check(0.5, n)
+    return np.concatenate([values[drawn].mean(axis=1) for drawn in _draws(values.size, n, seed)])
+
+
+def _draws(pictures: int, n: int, seed: int, columns: int = 1) -> Iterator[np.ndarray]:
+    """Resamples [rows, pictures] of picture numbers, n rows in all; how many come at once changes nothing about them."""
     random = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // values.size)
-    means = [
-        values[random.integers(0, values.size, size=(min(rows, n - start), values.size))].mean(axis=1)
-        for start in range(0, n, rows)
-    ]
-    return np.concatenate(means)
+    rows = max(1, _CHUNK // (pictures * columns))
+    for start in range(0, n, rows):
+        yield random.integers(0, pictures, size=(min(rows, n - start), pictures))
 
 
 def bootstrap_sums(per_picture: np.ndarray, n: int = 1000, seed: int = 0) -> np.ndarray:
@@ -102,6 +104,100 @@ def paired_difference(
     difference = first - second
     lo, hi = bootstrap_interval(difference, n, seed, level)
     return float(difference.mean()), lo, hi
+
+
+def mean_over_seeds(per_seed: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
+    """[pictures] mean of each picture's score over the seeds a method was trained or drawn with; one list of scores a seed.
+
+    An interval over pictures of these says "other pictures, these seeds". InputError unless all seeds have the same pictures.
+    """
+    seeds = [_values(scores, f"scores of seed {i}") for i, scores in enumerate(per_seed)]
+    if not seeds or len({scores.size for scores in seeds}) > 1:
+        sizes = ", ".join(str(scores.size) for scores in seeds) or "none"
+        raise InputError(f"every seed needs one score for each of the same pictures; scores a seed: {sizes}")
+    return np.mean(seeds, axis=0)
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """[...] first over second of sums [..., 2]; NaN where the second is 0: a rate of nothing is no rate."""
+    sums = np.asarray(sums, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(sums[..., 1] == 0, np.nan, sums[..., 0] / sums[..., 1])
+
+
+def _sums(values: Sequence[Sequence[float]] | np.ndarray, name: str = "sums") -> np.ndarray:
+    sums = np.asarray(values, dtype=np.float64)
+    if sums.ndim != 2 or not sums.size:
+        raise InputError(f"{name} must be a table [pictures, numbers that add up], not of shape {sums.shape}")
+    if not np.isfinite(sums).all():
+        raise InputError(f"{name} hold a value that is not a finite number")
+    return sums
+
+
+def bootstrap_statistic(
+    sums: Sequence[Sequence[float]] | np.ndarray,
+    of: Callable[[np.ndarray], np.ndarray] = ratio,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """A statistic of sums over pictures with its percentile bootstrap interval: (statistic, lo, hi).
+
+    For rates whose denominators differ by picture (hallucinated of named objects, precision, F1): the mean of per-picture ratios
+    is another number. Pictures are what is resampled; the resamples are those of :func:`bootstrap_interval` under the same seed.
+
+    Args:
+        sums: [pictures, k] what each picture adds to k sums. Several answers about one picture, or several seeds, are added up in
+            its row before: they are not independent.
+        of: the statistic of the sums, [..., k] -> [...]; :func:`ratio` by default.
+        n, seed, level: as in :func:`bootstrap_interval`.
+
+    Returns:
+        (statistic, lo, hi). Resamples in which it is not finite (a rate of nothing) are left out: the interval is of the
+        resamples that have one.
+
+    Raises:
+        InputError: no table of finite numbers, or the statistic of all pictures is not finite.
+    """
+    table = _sums(sums)
+    _check(level, n)
+    whole = float(of(table.sum(axis=0)))
+    if not np.isfinite(whole):
+        raise InputError("the statistic of all pictures is not a finite number: it is a rate of nothing")
+    drawn = np.concatenate([of(table[rows].sum(axis=1)) for rows in _draws(len(table), n, seed, table.shape[1])])
+    finite = drawn[np.isfinite(drawn)]
+    if not finite.size:
+        raise InputError(
+            f"the statistic is not a finite number in any of {n} resamples: too few pictures have any of it"
+        )
+    lo, hi = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return whole, float(lo), float(hi)
+
+
+def paired_statistic(
+    a: Sequence[Sequence[float]] | np.ndarray,
+    b: Sequence[Sequence[float]] | np.ndarray,
+    of: Callable[[np.ndarray], np.ndarray] = ratio,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """of(sums of a) - of(sums of b) over the same pictures, both in the same resamples: (difference, lo, hi).
+
+    a, b: [pictures, k]; the rest as in :func:`bootstrap_statistic`. InputError unless both are of the same pictures.
+    """
+    first, second = _paired(a, b)
+    k = first.shape[1]
+    return bootstrap_statistic(np.hstack([first, second]), lambda s: of(s[..., :k]) - of(s[..., k:]), n, seed, level)
+
+
+def _paired(
+    a: Sequence[Sequence[float]] | np.ndarray, b: Sequence[Sequence[float]] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    first, second = _sums(a, "sums a"), _sums(b, "sums b")
+    if first.shape != second.shape:
+        raise InputError(f"paired sums must come from the same pictures: {first.shape} against {second.shape}")
+    return first, second
 
 
 def proportion_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyrate_lib.errors import InputError
-from dyrate_lib.stats import bootstrap_interval, bootstrap_means, paired_difference, proportion_interval
+from dyrate_lib.stats import (
+    bootstrap_interval,
+    bootstrap_means,
+    bootstrap_statistic,
+    mean_over_seeds,
+    paired_difference,
+    paired_statistic,
+    proportion_interval,
+    ratio,
+)
 
 scores = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40)
 
@@ -67,6 +76,75 @@ def test_one_picture_tells_nothing_about_spread():
     assert bootstrap_interval([7.0]) == (7.0, 7.0)
 
 
+counts = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30)
+
+
+def test_a_mean_is_a_statistic_of_sums_in_the_same_resamples():
+    values = np.random.default_rng(5).normal(size=40)
+    sums = np.column_stack([values, np.ones(40)])
+    mean, lo, hi = bootstrap_statistic(sums, ratio, n=300, seed=2)
+    assert mean == pytest.approx(values.mean())
+    assert (lo, hi) == pytest.approx(bootstrap_interval(values, n=300, seed=2))
+
+
+def test_a_ratio_weighs_pictures_by_their_denominators():
+    sums = [[0, 1], [0, 1], [9, 18]]  # the mean of the three ratios is 1/6
+    assert bootstrap_statistic(sums)[0] == pytest.approx(9 / 20)
+    assert bootstrap_statistic(sums, lambda s: s[..., 1] - s[..., 0])[0] == 11
+    assert ratio(np.array([[1, 2], [0, 0], [3, 0]])).tolist()[0] == 0.5
+    assert np.isnan(ratio(np.array([[1, 2], [0, 0], [3, 0]]))[1:]).all()
+
+
+@given(counts)
+def test_a_ratio_lies_in_its_interval_and_against_itself_is_no_difference(rows):
+    value, lo, hi = bootstrap_statistic(rows, n=60)
+    each = [a / b for a, b in rows]
+    assert min(each) - 1e-9 <= lo <= hi <= max(each) + 1e-9 and min(each) - 1e-9 <= value <= max(each) + 1e-9
+    assert paired_statistic(rows, rows, n=60) == (0.0, 0.0, 0.0)
+
+
+def test_paired_ratios_share_their_resamples():
+    random = np.random.default_rng(6)
+    named = random.integers(1, 6, 200)
+    wrong = random.binomial(named, 0.3)
+    fewer = np.maximum(wrong - random.binomial(1, 0.2, 200), 0)
+    a, b = np.column_stack([fewer, named]), np.column_stack([wrong, named])
+    gap, lo, hi = paired_statistic(a, b)
+    assert gap == pytest.approx((fewer.sum() - wrong.sum()) / named.sum()) and lo < gap < hi < 0
+    apart = bootstrap_statistic(b)
+    assert hi - lo < (apart[2] - apart[1]) / 2  # pairing narrows it
+    assert paired_statistic(b, a)[0] == pytest.approx(-gap)
+
+
+def test_resamples_of_a_rate_of_nothing_are_left_out():
+    sums = [[1, 2], *[[0, 0]] * 5]
+    assert bootstrap_statistic(sums, n=200) == (0.5, 0.5, 0.5)
+    with pytest.raises(InputError, match="a rate of nothing"):
+        bootstrap_statistic([[0, 0], [0, 0]])
+
+
+def test_chunks_of_sums_do_not_matter(monkeypatch):
+    sums = np.random.default_rng(7).random((30, 2))
+    whole = bootstrap_statistic(sums, n=90, seed=4)
+    monkeypatch.setattr("dyrate_lib.stats._CHUNK", 170)
+    assert bootstrap_statistic(sums, n=90, seed=4) == whole
+
+
+def test_the_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says():
+    random, hits = np.random.default_rng(8), 0
+    for trial in range(200):
+        named = random.integers(1, 8, 100)
+        _, lo, hi = bootstrap_statistic(
+            np.column_stack([random.binomial(named, 0.4), named]), n=300, seed=trial, level=0.9
+        )
+        hits += lo <= 0.4 <= hi
+    assert 168 <= hits <= 192
+
+
+def test_seeds_are_averaged_picture_by_picture():
+    assert mean_over_seeds([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]]).tolist() == [3.0, 3.0]
+
+
 def test_wilson_interval():
     lo, hi = proportion_interval(8, 10)
     assert (lo, hi) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
@@ -90,6 +168,14 @@ def test_proportion_lies_in_its_interval(counts):
         (lambda: bootstrap_interval([1.0], level=1.0), "between 0 and 1"),
         (lambda: bootstrap_interval([1.0], n=0), "at least one resample"),
         (lambda: paired_difference([1.0, 2.0], [1.0]), "same pictures: 2 against 1"),
+        (lambda: bootstrap_statistic([1.0, 2.0]), "numbers that add up"),
+        (lambda: bootstrap_statistic([]), "numbers that add up"),
+        (lambda: bootstrap_statistic([[1.0, float("inf")]]), "not a finite number"),
+        (lambda: bootstrap_statistic([[1.0, 2.0]], level=0.0), "between 0 and 1"),
+        (lambda: bootstrap_statistic([[1.0, 2.0]], n=0), "at least one resample"),
+        (lambda: paired_statistic([[1.0, 2.0]], [[1.0, 2.0]] * 2), "same pictures"),
+        (lambda: mean_over_seeds([[1.0, 2.0], [1.0]]), "scores a seed: 2, 1"),
+        (lambda: mean_over_seeds([]), "scores a seed: none"),
         (lambda: proportion_interval(3, 2), "3 of 2"),
         (lambda: proportion_interval(0, 0), "0 of 0"),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 from ..compare import claims
 from ..errors import InputError
 from ..stats import bootstrap_interval, paired_difference
+from ..stats_ranks import ranks
 
 Quantity = dict[str, float]
 
@@ -45,14 +46,7 @@ def step_rank_correlation(course: Sequence[float] | np.ndarray) -> float:
     values = np.asarray(course, dtype=np.float64)
     if values.size < 2 or np.ptp(values) == 0:
         return 0.0
-    return float(np.corrcoef(_ranks(values), np.arange(values.size))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing the mean of theirs."""
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count + 1) / 2)[group]
+    return float(np.corrcoef(ranks(values), np.arange(values.size))[0, 1])
 
 
 def change_between_thirds(course: Sequence[float] | np.ndarray) -> float:

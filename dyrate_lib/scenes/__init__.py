@@ -2,6 +2,8 @@
 
 from . import tasks
 from .captions import FAMILIES, NEEDS, PROMPTS, annotated_reference, references
+from .facts import Facts, caption_facts, fact_rates, fact_sums
+from .needs import image_need, reply_needs
 from .questions import QUESTION_KINDS, Question, questions
 from .render import object_masks, render, render_batch
 from .world import COLOR_NAMES, HELD_OUT, SHAPES, SPLITS, Scene, SceneObject, make_scene
@@ -9,6 +11,7 @@ from .world import COLOR_NAMES, HELD_OUT, SHAPES, SPLITS, Scene, SceneObject, ma
 __all__ = [
     "COLOR_NAMES",
     "FAMILIES",
+    "Facts",
     "HELD_OUT",
     "NEEDS",
     "PROMPTS",
@@ -19,11 +22,16 @@ __all__ = [
     "Scene",
     "SceneObject",
     "annotated_reference",
+    "caption_facts",
+    "fact_rates",
+    "fact_sums",
+    "image_need",
     "make_scene",
     "object_masks",
     "questions",
     "references",
     "render",
     "render_batch",
+    "reply_needs",
     "tasks",
 ]

@@ -13,6 +13,7 @@ on, so that a model which has begun one can follow it to the end. Objects are li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from ..errors import InputError
@@ -152,6 +153,11 @@ def spell(words: Sequence[Word]) -> str:
     for mark in ",.:":
         text = text.replace(f" {mark}", mark)
     return text
+
+
+def split_words(text: str) -> list[str]:
+    """Running text as words; every other mark is a word of its own. Undoes :func:`spell`: a caption's words are its tokens."""
+    return re.findall(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]", text)
 
 
 def references(scene: Scene, family: str) -> list[str]:
