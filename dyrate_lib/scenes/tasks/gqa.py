@@ -36,11 +36,12 @@ Made = tuple[str, str] | None  # question, answer; None where the scene does not
 
 LINES: tuple[str, ...] = (
     "What color is the large object to the left of the star? What shape is the small object to the right of it? What is it?",
-    "What color is the object above or below it? Which pattern does the background have? Does the image have a background?",
+    "What color is the object above or below it? Which pattern does the background have?",
+    "Does the image have a background?",
     "Is the star red or blue? Is the star large or small? Is the red object a star or a hexagon or an orange one?",
     "Is the star to the left or to the right of the ring? Is the star above or below the ring?",
     "Are there both a red star and a blue ring in the image? Is there either a red star or a blue ring in the image?",
-    "Is there neither a red star nor an orange ring? Which is larger, the red star or the blue ring? Which is smaller,",
+    "Which is larger, the red star or the blue ring? Which is smaller,",
     "Which is further left, right, up, down? Are the star and the ring the same color? the same shape? the same size?",
     *(f"{word} {word}, {word}? {word}." for word in (*SHAPES, *COLOR_NAMES, *GROUNDS, "large", "small", "object", "background")),
 )  # fmt: skip
