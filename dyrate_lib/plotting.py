@@ -55,6 +55,16 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "divprune": ("DivPrune", OLIVE, "8", ":"),
     "cdpruner": ("CDPruner", BROWN, "X", ":"),
 }
+# What a rate predictor is fed with (predictor_inputs.INPUTS) -> the same; the paper's has DyRate's colour and marker, the oracle
+# black, and those that see neither picture nor text are dotted
+INPUTS: dict[str, tuple[str, str, str, str]] = {
+    "shares": ("Attention shares (paper)", VERMILION, "^", "-"),
+    "step": ("Step number only", BLUE, "s", ":"),
+    "none": ("Nothing (constant)", GREY, "X", ":"),
+    "hidden": ("Hidden state", GREEN, "D", "-"),
+    "foreign": ("Another picture's shares", ORANGE, "v", "--"),
+    "oracle": ("Oracle (known need)", BLACK, "*", "-."),
+}
 COLORS = {key: entry[1] for key, entry in METHODS.items()}
 LABELS = {key: entry[0] for key, entry in METHODS.items()}
 TOKEN_TYPES = ("sys", "img", "ins", "res")
@@ -82,6 +92,13 @@ def method_style(key: str) -> dict[str, str]:
         raise InputError(f"no style for method {key!r}; there is one for {', '.join(METHODS)}")
     label, color, marker, linestyle = METHODS[key]
     return {"label": label, "color": color, "marker": marker, "linestyle": linestyle}
+
+
+def input_style(key: str) -> dict[str, str]:
+    """Keyword arguments for `ax.plot` of a predictor's inputs, as `method_style`. InputError on an unknown key."""
+    if key not in INPUTS:
+        raise InputError(f"no style for a predictor fed with {key!r}; there is one for {', '.join(INPUTS)}")
+    return dict(zip(("label", "color", "marker", "linestyle"), INPUTS[key], strict=True))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> Path:
