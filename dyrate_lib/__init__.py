@@ -31,7 +31,7 @@ from .models import model_info
 from .predictor import RatePredictor
 from .prompts import chat_prompt
 
-__version__ = "0.3.3"
+__version__ = "0.3.4"
 
 __all__ = [
     "ST3", "VTW", "BeforeLLM", "CDPruner", "DepthPrune", "DivPrune", "DyRate", "DyRateError", "FastV",
