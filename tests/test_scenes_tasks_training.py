@@ -22,6 +22,7 @@ from dyrate_lib.scenes import trainer as trainer_module
 from dyrate_lib.scenes.card import card
 from dyrate_lib.scenes.data import N_CLS, PackedBatches, cls_targets
 from dyrate_lib.scenes.objective import KIND_WEIGHTS, Recipe, cls_loss, response_loss, to_device, token_accuracy
+from dyrate_lib.scenes.packed_forward import PackedForward
 from dyrate_lib.scenes.packing import (
     DEFAULT_SLOTS,
     KINDS,
@@ -40,7 +41,7 @@ from dyrate_lib.scenes.tasks import NAMES, PLAIN, examples, textvqa, vizwiz
 from dyrate_lib.scenes.tokenizer import build_processor, build_tokenizer
 from dyrate_lib.scenes.train import main
 from dyrate_lib.scenes.trainer import train
-from dyrate_lib.scenes.vlm import PackedForward, build_model
+from dyrate_lib.scenes.vlm import build_model
 
 OLD = paths.checkpoints() / "scenes-small"
 QUIET = dict(device="cpu", log_every=1, say=lambda _: None)

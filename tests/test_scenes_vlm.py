@@ -32,6 +32,7 @@ from dyrate_lib.scenes.data import (
     word_id,
 )
 from dyrate_lib.scenes.objective import Recipe, learning_rate, response_loss, to_device, token_accuracy
+from dyrate_lib.scenes.packed_forward import PackedForward
 from dyrate_lib.scenes.probe import naming_rows, object_attention, patch_shares, summarise
 from dyrate_lib.scenes.render import render_batch
 from dyrate_lib.scenes.score import answer, bootstrap, card, questions_of, split_references
@@ -39,7 +40,7 @@ from dyrate_lib.scenes.tokenizer import MAX_RESPONSE, build_processor, build_tok
 from dyrate_lib.scenes.train import main
 from dyrate_lib.scenes.trainer import train
 from dyrate_lib.scenes.training_plan import Plan
-from dyrate_lib.scenes.vlm import SIZES, PackedForward, build_model
+from dyrate_lib.scenes.vlm import SIZES, build_model
 
 CAPTION_SLOTS = ("short", "narrative", "late", "question", "question", "question", "question")
 TINY = Recipe(size="tiny", batch=4, slots=("short",))

@@ -15,7 +15,7 @@ from .data import CLS_GROUPS, DEFAULT_SLOTS, KINDS, SEEN_PAIR_MASK, normalise
 from .looks import render_looks
 
 if TYPE_CHECKING:
-    from .vlm import PackedForward
+    from .packed_forward import PackedForward
 
 
 # Captions and their questions, then gqa, vizwiz, scienceqa, textvqa, pope, mmbench, mme, textvqa-ocr. Reading signs and bad

@@ -5,7 +5,7 @@
         --eval-n 500
 
 Each picture carries one row of captions and short-answer tasks (see `rows` for what is asked of which picture, and
-:class:`~dyrate_lib.scenes.vlm.PackedForward`); the loss is the cross-entropy on responses, averaged within each kind,
+:class:`~dyrate_lib.scenes.packed_forward.PackedForward`); the loss is the cross-entropy on responses, averaged within each kind,
 plus what the CLS token of the vision tower should know of the picture. The output folder is a complete checkpoint from
 the first save on; a killed run resumes from its state.
 """
@@ -24,8 +24,9 @@ import torch
 
 from .checkpoint import ship, unship
 from .objective import Recipe
+from .packed_forward import ATTENTIONS
 from .trainer import TrainResult, train
-from .vlm import ATTENTIONS, SIZES
+from .vlm import SIZES
 
 __all__ = ["Recipe", "TrainResult", "main", "provenance", "ship", "train", "unship"]
 

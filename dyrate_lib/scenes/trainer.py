@@ -19,12 +19,13 @@ import torch
 from ..errors import DyRateError, InputError
 from .data import KINDS, N_CLS, PackedBatches, prefix_ids
 from .objective import Recipe, cls_loss, learning_rate, response_loss, to_device, token_accuracy
+from .packed_forward import PackedForward
 from .starting import described, load_start
 from .tokenizer import build_processor
 from .training_keeper import Keeper
 from .training_plan import TIMED, Plan, Say
 from .training_state import load_state
-from .vlm import SIZES, PackedForward, build_model
+from .vlm import SIZES, build_model
 
 
 @dataclass
