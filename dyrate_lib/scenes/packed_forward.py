@@ -163,8 +163,9 @@ class PackedForward:
         self.vision_block = torch.compile(vision_block, dynamic=False)
         self.text_block = torch.compile(text_block, dynamic=False)
 
-    def vision(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected image tokens [B, 576, D] and the pooled CLS token float32 [B, Dv] (last layer, normalised)."""
+    def vision(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Projected image tokens [B, 576, D]; the pooled CLS token float32 [B, Dv] (last layer, normalised); what the projector
+        reads, float32 [B, 576, Dv]."""
         tower = self.model.model.vision_tower
         tower = getattr(tower, "vision_model", tower)
         config = self.model.config.vision_config
@@ -180,20 +181,29 @@ class PackedForward:
         projector = self.model.model.multi_modal_projector
         x = _linear(features.to(self.dtype), projector.linear_1.weight, projector.linear_1.bias)
         x = _linear(F.gelu(x), projector.linear_2.weight, projector.linear_2.bias)
-        return x, tower.post_layernorm(h[:, 0])
+        return x, tower.post_layernorm(h[:, 0]), features
 
     def __call__(self, pixel_values: torch.Tensor, suffix_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of every suffix position and the pooled CLS token.
+        """Logits float32 [B, S, V] of every suffix position and the pooled CLS token float32 [B, Dv]; see :meth:`hidden`."""
+        h, cls, _ = self.hidden(pixel_values, suffix_ids)
+        return self.logits(h), cls
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [..., V] of states [..., D] as :meth:`hidden` returns them, all or some."""
+        return _linear(h, self.model.lm_head.weight).float()
+
+    def hidden(self, pixel_values: torch.Tensor, suffix_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The normalised last states of the suffix.
 
         Args:
             pixel_values: float32 [B, 3, 336, 336], normalised as CLIP's.
             suffix_ids: int64 [B, S].
 
         Returns:
-            Logits float32 [B, S, V] and CLS float32 [B, Dv].
+            The states [B, S, D], the pooled CLS token float32 [B, Dv], the vision tower's features float32 [B, 576, Dv].
         """
         text, config = self.model.model.language_model, self.model.config.text_config
-        image, cls = self.vision(pixel_values)
+        image, cls, features = self.vision(pixel_values)
         batch = len(suffix_ids)
         front = text.embed_tokens(self.prefix_ids[: self.image_start]).expand(batch, -1, -1)
         h = torch.cat((front, image.float(), text.embed_tokens(suffix_ids)), dim=1)
@@ -211,5 +221,4 @@ class PackedForward:
                 last,
                 _text_weights(layer),
             )
-        h = _rms_norm(h, text.norm.weight, config.rms_norm_eps, self.dtype)
-        return _linear(h, self.model.lm_head.weight).float(), cls
+        return _rms_norm(h, text.norm.weight, config.rms_norm_eps, self.dtype), cls, features
