@@ -1,8 +1,8 @@
-"""What a training row asks about its picture.
+"""What a training row asks about its picture, in the shares of a `Mix`.
 
 A row's picture has one look, and every prompt of the row is true of that look:
 
-- a plain picture carries a caption of each family, then questions and plain-picture tasks;
+- a plain picture carries a caption of each family (as often as the mix says), then questions, plain-picture tasks and scaffolds;
 - a picture with signs (TextVQA) carries first of all prompts about its signs, with the words given and without; and, where they
   cover no object, the same as a plain one but for the `late` caption, of which one wording denies that there is text;
 - a bad photograph (VizWiz) carries VizWiz prompts alone, for what it no longer shows must not be said of it; where it came out

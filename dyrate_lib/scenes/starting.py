@@ -21,8 +21,8 @@ def described(folder: Path) -> dict[str, Any]:
 
     Returns:
         name: of the folder. steps, pictures: that it was trained for, over all runs one after another; training goes on behind
-        the pictures. sha256: of its weights. legs: where it was itself trained further, each of the runs in turn: steps, pictures,
-        sha256 of the weights that it left, and `first`, the number of its first scene (where its record has it).
+        the pictures. sha256: of its weights. legs: where it was itself trained further, each of the runs in turn: steps,
+        pictures, sha256 of the weights that it left, and `first`, the number of its first scene (where its record has it).
 
     Raises:
         InputError: if the folder is no checkpoint of this project with its ``metrics.json``.
