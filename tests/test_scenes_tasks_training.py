@@ -21,10 +21,13 @@ from dyrate_lib.scenes import FAMILIES, NEEDS, PROMPTS, make_scene, references, 
 from dyrate_lib.scenes import trainer as trainer_module
 from dyrate_lib.scenes.card import card
 from dyrate_lib.scenes.data import N_CLS, PackedBatches, cls_targets
-from dyrate_lib.scenes.objective import KIND_WEIGHTS, Recipe, cls_loss, response_loss, to_device, token_accuracy
+from dyrate_lib.scenes.mixes import PRESETS, Mix
+from dyrate_lib.scenes.objective import Recipe, cls_loss, response_loss, to_device, token_accuracy
+from dyrate_lib.scenes.packed_forward import PackedForward
 from dyrate_lib.scenes.packing import (
     DEFAULT_SLOTS,
     KINDS,
+    SCAFFOLDS,
     Part,
     answer_ids,
     example_part,
@@ -40,7 +43,7 @@ from dyrate_lib.scenes.tasks import NAMES, PLAIN, examples, textvqa, vizwiz
 from dyrate_lib.scenes.tokenizer import build_processor, build_tokenizer
 from dyrate_lib.scenes.train import main
 from dyrate_lib.scenes.trainer import train
-from dyrate_lib.scenes.vlm import PackedForward, build_model
+from dyrate_lib.scenes.vlm import build_model
 
 OLD = paths.checkpoints() / "scenes-small"
 QUIET = dict(device="cpu", log_every=1, say=lambda _: None)
@@ -136,7 +139,7 @@ def test_every_slot_holds_a_prompt_that_was_drawn_and_its_answer():
                 assert batch["looks"][b] in looks or PLAIN in looks
                 assert ("Reference OCR token" in head) == (kind == "textvqa-ocr")
                 assert batch["need"][b, part][at].tolist() == [NEEDS.index("image")] * (len(at) - 1) + [NEEDS.index("none")]
-    assert seen_kinds == set(KINDS)
+    assert seen_kinds == set(KINDS) - set(SCAFFOLDS)
 
 
 def test_a_picture_is_asked_only_what_it_shows():
@@ -182,7 +185,7 @@ def test_several_prompts_share_one_picture_and_begin_with_the_tasks_own(module):
 
 
 def test_polls_are_answered_yes_as_often_as_the_picture_allows():
-    found = [rows._asked("pope", make_scene(s, "train"), random.Random(str(s))) for s in range(300)]
+    found = [rows._asked("pope", make_scene(s, "train"), random.Random(str(s)), Mix())[0] for s in range(300)]
     yes = sum(p.body[:-1] == answer_ids("yes")[:-1] for p in found)
     assert 0.52 < yes / 300 < 0.73  # a half, and a quarter of the other half
 
@@ -210,17 +213,25 @@ def test_the_cls_loss_is_over_pictures_that_show_their_scene():
     cls = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     target = torch.from_numpy(np.stack([cls_targets(make_scene(s, "train")) for s in range(5)]))
     seen = torch.tensor([True, False, True, True, False])
-    torch.testing.assert_close(cls_loss(head, cls, target, seen), cls_loss(head, cls[seen], target[seen]))
+    target[1, -60:] = (torch.arange(60) % 9 == 0).float()
+
+    def words(logits, want):  # those of signs are over all pictures
+        return 3 * torch.nn.functional.binary_cross_entropy_with_logits(logits[:, -60:], want[:, -60:])
+
+    of_seen = cls_loss(head, cls[seen], target[seen]) - words(head(cls[seen]), target[seen])
+    torch.testing.assert_close(cls_loss(head, cls, target, seen), of_seen + words(head(cls), target))
     single = torch.stack([cls_loss(head, cls[i : i + 1], target[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(cls_loss(head, cls, target), single.mean())
-    assert cls_loss(head, cls, target, torch.zeros(5, dtype=torch.bool)).item() == 0
+    nothing = cls_loss(head, cls, target, torch.zeros(5, dtype=torch.bool))
+    torch.testing.assert_close(nothing, words(head(cls), target))
 
 
 def test_weights_go_with_their_kinds():
-    assert len(KIND_WEIGHTS) == len(KINDS)
+    assert {len(p.kind_weights) for p in PRESETS.values()} == {len(KINDS)}
     logits = torch.zeros(1, 3, 7)
-    for i, weight in enumerate(KIND_WEIGHTS):
-        total, means = response_loss(logits, torch.tensor([[1, 2, -100]]), torch.tensor([[i, i, -1]]), KIND_WEIGHTS)
+    weights = PRESETS["lagging"].kind_weights
+    for i, weight in enumerate(weights):
+        total, means = response_loss(logits, torch.tensor([[1, 2, -100]]), torch.tensor([[i, i, -1]]), weights)
         assert float(total) == pytest.approx(weight * float(np.log(7)), rel=1e-5)
         assert (means > 0).nonzero().flatten().tolist() == [i]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .captions import FAMILIES
 from .data import SCENES_PER_SEED
+from .mixes import Mix
 from .packing import KINDS, layout
-from .rows import BAD, SIGNED
 from .vlm import SIZES
 from .world import HELD_OUT
 
@@ -15,6 +15,7 @@ def card(metrics: dict) -> str:
     recipe, made, last = metrics["recipe"], metrics["provenance"], metrics["last"]
     size = SIZES[recipe["size"]]
     start, tasks = recipe.get("start"), layout(tuple(recipe["slots"])).tasks
+    carries = _rows(tasks, recipe.get("mix"))
     lines = [
         "---",
         "license: mit",
@@ -29,13 +30,14 @@ def card(metrics: dict) -> str:
         "",
         "## Model",
         f"Vision tower (CLIP): {size.vision_layers} layers x {size.vision_width}, 336 px, patch 14, 576 image tokens, "
-        "features of the last layer but one; the CLS token is trained through the last layer by a bag-of-words loss.",
+        "features of the last layer but one; the CLS token is trained through the last layer by a bag-of-words loss"
+        f"{_reading(recipe)}.",
         f"Language model (LLaMA): {size.layers} layers x {size.width}, MLP {size.mlp}, heads 32 wide. "
         f"{metrics['parameters'] / 1e6:.2f} M parameters, stored as bfloat16 safetensors.",
         "",
         "## Training",
         f"{_begun(recipe)}{recipe['steps']} steps of {recipe['batch']} fresh pictures (split `train`, scene seeds from "
-        f"{recipe['seed'] * SCENES_PER_SEED + (start['pictures'] if start else 0)} on, each seen once), {_rows(tasks)}; "
+        f"{recipe['seed'] * SCENES_PER_SEED + (start['pictures'] if start else 0)} on, each seen once), {carries}; "
         f"AdamW, learning rate {recipe['lr']:g} (warm-up {recipe['warmup']}, cosine to "
         f"{recipe['final_lr']:g}), weight decay {recipe['weight_decay']}, clip {recipe['clip']}, seed {recipe['seed']}. "
         f"{metrics['train_seconds']:.0f} s at about {metrics['ms_per_step']:.0f} ms a step"
@@ -47,7 +49,7 @@ def card(metrics: dict) -> str:
         "",
         "Losses over the last steps (cross-entropy, nats a token): "
         + ", ".join(f"{k} {last[k]:.4f}" for k in KINDS if k in last)
-        + f"; CLS {last['cls']:.4f}.",
+        + f"; CLS {last['cls']:.4f}{_texts(recipe, last)}.",
     ]
     if "val" in last:
         names = {"answer": "answers", "need_image": "tokens that need the image",
@@ -80,26 +82,55 @@ def card(metrics: dict) -> str:
     return "\n".join([*lines, *_task_scores(metrics.get("tasks") or {}), *_use_and_limits(size.name, metrics, tasks)]) + "\n"
 
 
+def _reading(recipe: dict) -> str:
+    if not recipe.get("text_weight"):
+        return ""
+    return ", and the patches of signs by the word and the letter under them, read off those features"
+
+
+def _texts(recipe: dict, last: dict) -> str:
+    return f"; word and letter of a sign's patches {last['texts']:.4f}" if recipe.get("text_weight") else ""
+
+
 def _begun(recipe: dict) -> str:
     """What the weights come from, where they were trained before."""
     start = recipe.get("start")
     if not start:
         return ""
+    parts = [
+        f"{leg['steps']} steps, {leg['pictures']} pictures{_from_scene(leg)}, "
+        f"sha256 `{leg['sha256'][:16]}`"
+        for leg in start.get("legs", ())
+    ]
+    chain = f" That checkpoint was itself trained further, so these legs came before: {'; '.join(parts)}." if parts else ""
     return (
         f"Trained further from the checkpoint `{start['name']}` ({start['steps']} steps, {start['pictures']} pictures; "
         f"weights sha256 `{start['sha256'][:16]}`), the optimiser started afresh and rows of the vocabulary taken over token "
-        f"by token; {start['steps'] + recipe['steps']} steps in all. Now "
+        f"by token; {start['steps'] + recipe['steps']} steps in all.{chain} Now "
     )
 
 
-def _rows(tasks: bool) -> str:
-    """What a picture carries in training."""
+def _from_scene(leg: dict) -> str:
+    return f" from scene {leg['first']} on" if "first" in leg else ""
+
+
+def _rows(tasks: bool, mix: dict | None) -> str:
+    """What a picture carries in training. mix: the recipe's, None: of a recipe older than mixes."""
     if not tasks:
         return "every picture with a caption of each family and up to four questions"
+    m = Mix(**(mix or {}))
+    names = {*m.long, *m.brief}
+    extra = [
+        *(["relation questions of all tasks"] if "relation" in names else []),
+        *(["the same without options or with the right one told"] if "told" in names else []),
+    ]
+    prompts = "up to five prompts" if mix is None else "prompts"
+    captions = "a caption of each family" if m.captions >= 1 else f"a caption of each family {100 * m.captions:.0f}% of the time"
     return (
-        f"{100 * (1 - BAD - SIGNED):.0f}% of them plain, with a caption of each family and up to five prompts of GQA, ScienceQA, "
-        f"POPE, MMBench, MME or questions; {100 * SIGNED:.0f}% with signs, with prompts of TextVQA (with and without the words "
-        f"given) and, where no sign covers an object, the others; {100 * BAD:.0f}% bad photographs, with VizWiz prompts alone"
+        f"{100 * (1 - m.bad - m.signed):.0f}% of them plain, with {captions} and {prompts} of GQA, ScienceQA, "
+        f"POPE, MMBench, MME or questions{''.join(f', {e}' for e in extra)}; {100 * m.signed:.0f}% with signs, with prompts of "
+        "TextVQA (with and without the words "
+        f"given) and, where no sign covers an object, the others; {100 * m.bad:.0f}% bad photographs, with VizWiz prompts alone"
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .lettering import WORDS
+from .mixes import BROAD, Mix
 from .packing import (
     DEFAULT_SLOTS,
     KINDS,
@@ -22,6 +24,7 @@ from .packing import (
     response_tokens,
     word_id,
 )
+from .patch_texts import patch_texts, words_shown
 from .render import pack_scenes
 from .rows import compose
 from .tokenizer import CLIP_MEAN, CLIP_STD, build_tokenizer
@@ -33,7 +36,8 @@ __all__ = [
 ]  # fmt: skip
 
 PAIRS = tuple((s, c) for s in SHAPES for c in COLOR_NAMES)
-# What the CLS token is asked for: multi-label presence of shapes, colours, pairs; then count, ground and its tone.
+# What the CLS token is asked for: multi-label presence of shapes, colours, pairs; then count, ground and its tone;
+# and the words on signs, multi-label.
 CLS_GROUPS = (
     ("shapes", len(SHAPES)),
     ("colors", len(COLOR_NAMES)),
@@ -41,20 +45,44 @@ CLS_GROUPS = (
     ("count", MAX_OBJECTS),
     ("ground", len(GROUNDS)),
     ("tone", len(TONE_NAMES)),
+    ("words", len(WORDS)),
 )
 N_CLS = sum(n for _, n in CLS_GROUPS)
 SCENES_PER_SEED = 100_000_000
 SEEN_PAIR_MASK = np.array([p not in HELD_OUT for p in PAIRS])
 
 
+LABELLED = 1024  # so many positions at a time are gathered, or the allocator would meet another size at each step
+
+
+def labelled(labels: np.ndarray, kind: np.ndarray) -> dict[str, np.ndarray]:
+    """The positions that have a label, about a fifth: the only ones worth a row of logits.
+
+    Args:
+        labels, kind: [B, S].
+
+    Returns:
+        at int32 [M]: indices into B * S, M the next multiple of :data:`LABELLED`, filled up with 0; at_labels and at_kind [M]:
+        what is there, -100 and -1 where filled up.
+    """
+    at = np.flatnonzero(labels >= 0).astype(np.int32)
+    extra = (0, -len(at) % LABELLED)
+    said, sorts = labels.ravel()[at], kind.ravel()[at]
+    return {
+        "at": np.pad(at, extra),
+        "at_labels": np.pad(said, extra, constant_values=-100),
+        "at_kind": np.pad(sorts, extra, constant_values=-1),
+    }
+
+
 def cls_targets(scene: Scene) -> np.ndarray:
-    """What the CLS token should know of a scene: float32 [N_CLS], in the groups :data:`CLS_GROUPS`."""
+    """What the CLS token should know of a scene without signs: float32 [N_CLS], in the groups :data:`CLS_GROUPS`."""
     pairs = {o.pair for o in scene.objects}
     shapes, colors = {s for s, _ in pairs}, {c for _, c in pairs}
     out = [s in shapes for s in SHAPES] + [c in colors for c in COLOR_NAMES] + [p in pairs for p in PAIRS]
     out += [n + 1 == len(scene.objects) for n in range(MAX_OBJECTS)]
     out += [k == scene.ground.kind for k in GROUNDS] + [t == scene.ground.tone for t in TONE_NAMES]
-    return np.array(out, dtype=np.float32)
+    return np.array([*out, *[0] * len(WORDS)], dtype=np.float32)
 
 
 class PackedBatches(torch.utils.data.Dataset):
@@ -71,8 +99,9 @@ class PackedBatches(torch.utils.data.Dataset):
         length: int = 1,
         seed: int = 0,
         first: int = 0,
+        mix: Mix = BROAD,
     ):
-        self.split, self.batch, self.layout, self.length = split, batch, layout(kinds), length
+        self.split, self.batch, self.layout, self.length, self.mix = split, batch, layout(kinds), length, mix
         self.first = seed * SCENES_PER_SEED + first
 
     def __len__(self) -> int:
@@ -85,7 +114,8 @@ class PackedBatches(torch.utils.data.Dataset):
             objects [B, 9, 8], grounds [B, 11] and looks, a list of B: for the renderer; ids, labels int16 [B, S]: the
             suffix and, at each position, the token to predict there (-100: none); need, kind int8 [B, S]: of the token
             to predict; cls float32 [B, N_CLS] and seen bool [B]: whether the picture shows what cls says (a bad
-            photograph need not, nor one whose signs cover something).
+            photograph need not, nor one whose signs cover something); the words of signs it shows always. texts int8
+            [B, 2, 576]: see :func:`~dyrate_lib.scenes.patch_texts.patch_texts`. And what :func:`labelled` returns.
         """
         first = self.first + index * self.batch
         scenes = [make_scene(first + b, self.split) for b in range(self.batch)]
@@ -94,7 +124,7 @@ class PackedBatches(torch.utils.data.Dataset):
         labels = np.full(shape, -100, dtype=np.int16)
         need, kind = np.full(shape, -1, dtype=np.int8), np.full(shape, -1, dtype=np.int8)
         starts = np.cumsum((0, *self.layout.lengths))
-        rows = [compose(scene, self.layout) for scene in scenes]
+        rows = [compose(scene, self.layout, self.mix) for scene in scenes]
         for b, row in enumerate(rows):
             for slot, part in row.placed:
                 start = starts[slot]
@@ -103,10 +133,13 @@ class PackedBatches(torch.utils.data.Dataset):
                 at = slice(start + len(part.head) - 1, end - 1)
                 labels[b, at], need[b, at], kind[b, at] = part.body, part.needs, KINDS.index(part.kind)
         objects, grounds = pack_scenes(scenes)
-        cls = np.stack([cls_targets(s) for s in scenes])
         seen, looks = np.array([row.seen for row in rows]), [row.look for row in rows]
+        cls = np.stack([cls_targets(s) for s in scenes])
+        cls[:, -len(WORDS) :] = words_shown(looks)
+        texts = np.stack([patch_texts(look) for look in looks])
         return dict(
-            objects=objects, grounds=grounds, looks=looks, ids=ids, labels=labels, need=need, kind=kind, cls=cls, seen=seen
+            objects=objects, grounds=grounds, looks=looks, ids=ids, labels=labels, need=need, kind=kind, cls=cls, seen=seen,
+            texts=texts, **labelled(labels, kind),
         )  # fmt: skip
 
 

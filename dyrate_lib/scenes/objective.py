@@ -11,16 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from .captions import NEEDS
-from .data import CLS_GROUPS, DEFAULT_SLOTS, KINDS, SEEN_PAIR_MASK, normalise
+from .data import CLS_GROUPS, DEFAULT_SLOTS, KINDS, N_CLS, SEEN_PAIR_MASK, normalise
 from .looks import render_looks
+from .mixes import BROAD, KIND_WEIGHTS, Mix
+from .patch_texts import N_TEXTS, NO_TEXT
 
 if TYPE_CHECKING:
-    from .vlm import PackedForward
-
-
-# Captions and their questions, then gqa, vizwiz, scienceqa, textvqa, pope, mmbench, mme, textvqa-ocr. Reading signs and bad
-# photographs is new to a checkpoint of captions; the other tasks ask in new words for what it knows.
-KIND_WEIGHTS = (0.2, 0.25, 0.2, 0.1, 0.12, 0.12, 0.08, 0.16, 0.06, 0.1, 0.06, 0.05)
+    from .packed_forward import PackedForward
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,8 @@ class Recipe:
     cls_weight: float = 0.5
     kind_weights: tuple[float, ...] = KIND_WEIGHTS
     slots: tuple[str, ...] = DEFAULT_SLOTS
+    mix: Mix = BROAD
+    text_weight: float = 0.0  # of what the patches of signs say, see `Heads`
     # The checkpoint that the weights come from (see `starting.described`), None: from scratch.
     start: dict[str, Any] | None = None
 
@@ -65,7 +64,8 @@ def cls_loss(head: torch.nn.Module, cls: torch.Tensor, target: torch.Tensor, see
         head: linear, to [B, N_CLS].
         cls: [B, Dv].
         target: float32 [B, N_CLS], see `data.cls_targets`.
-        seen: bool [B], the pictures that show what their target says, None: all. The loss is the mean over these.
+        seen: bool [B], the pictures that show what their target says, None: all. The loss is the mean over these, that of the
+            words on signs over all.
     """
     total, start = cls.new_zeros(()), 0
     weight = cls.new_ones(len(cls)) if seen is None else seen.float()
@@ -77,6 +77,8 @@ def cls_loss(head: torch.nn.Module, cls: torch.Tensor, target: torch.Tensor, see
         if name == "pairs":  # held-out pairs are never shown as absent
             pairs = _seen_pairs(str(out.device)) * weight
             total = total + 2 * F.binary_cross_entropy_with_logits(out, want, weight=pairs, reduction="sum") / n
+        elif name == "words":  # few of many, so the mean would hardly count
+            total = total + 3 * F.binary_cross_entropy_with_logits(out, want)
         elif name in ("shapes", "colors"):
             total = total + F.binary_cross_entropy_with_logits(out, want, weight=weight, reduction="sum") / n
         else:
@@ -84,11 +86,45 @@ def cls_loss(head: torch.nn.Module, cls: torch.Tensor, target: torch.Tensor, see
     return total
 
 
+class Heads(torch.nn.Module):
+    """What training reads off the vision tower and throws away afterwards.
+
+    cls: linear, the pooled CLS token [.., Dv] to [.., N_CLS]. texts: linear, a patch's normalised features to 60 words and 26
+    letters.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cls = torch.nn.Linear(width, N_CLS)
+        self.texts = torch.nn.Linear(width, sum(N_TEXTS))
+
+
+def text_loss(head: torch.nn.Module, features: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the word plus that of the letter under each patch, averaged over the patches of signs (0 without any).
+
+    Args:
+        head: linear, to [..., 86].
+        features: float32 [B, 576, Dv].
+        texts: integers [B, 2, 576], see :func:`~dyrate_lib.scenes.patch_texts.patch_texts`.
+    """
+    logits = head(F.layer_norm(features.float(), features.shape[-1:])).split(N_TEXTS, dim=-1)
+    targets = texts.long().unbind(1)
+    count = (targets[0] != NO_TEXT).sum().clamp(min=1)
+    summed = [
+        F.cross_entropy(out.flatten(0, 1), want.flatten(), ignore_index=NO_TEXT, reduction="sum")
+        for out, want in zip(logits, targets, strict=True)
+    ]
+    return sum(summed[1:], summed[0]) / count
+
+
 def response_loss(
     logits: torch.Tensor, labels: torch.Tensor, kind: torch.Tensor, weights: tuple[float, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum over kinds of the mean cross-entropy of their tokens, and those means [K] (0 where there is none)."""
-    per_token = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    """Weighted sum over kinds of the mean cross-entropy of their tokens, and those means [K] (0 where there is none).
+
+    logits [..., V], labels (-100: none) and kind [...]: of all positions, or of those that have a label.
+    """
+    per_token = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="none")
     which = kind.flatten() == torch.arange(len(KINDS), dtype=kind.dtype, device=kind.device)[:, None]
     means = (per_token * which).sum(1) / which.sum(1).clamp(min=1)
     return sum(w * m for w, m in zip(weights, means, strict=True)), means
@@ -97,9 +133,9 @@ def response_loss(
 def to_device(batch: dict, device: torch.device) -> dict[str, torch.Tensor]:
     """Render a batch of :class:`PackedBatches` and move its tokens: adds ``pixel_values``."""
     pictures = render_looks(_array(batch["objects"]), _array(batch["grounds"]), batch["looks"], device)
-    names = ("ids", "labels", "need", "kind", "cls", "seen")
+    names = ("ids", "labels", "need", "kind", "cls", "seen", "texts", "at", "at_labels", "at_kind")
     out = {k: torch.as_tensor(batch[k]).to(device, non_blocking=True) for k in names}
-    out["ids"], out["labels"] = out["ids"].long(), out["labels"].long()
+    out |= {k: out[k].long() for k in ("ids", "labels", "at_labels")}
     return out | {"pixel_values": normalise(pictures)}
 
 

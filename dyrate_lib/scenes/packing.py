@@ -18,7 +18,9 @@ from .world import Scene
 N_IMAGE = (IMAGE_SIZE // PATCH_SIZE) ** 2
 RESPONSE_ROOM = {"short": 24, "narrative": MAX_RESPONSE, "late": MAX_RESPONSE}
 QUESTION_SLOT = 28
-KINDS = (*FAMILIES, "question", *NAMES)
+# Kinds of prompts that training alone asks, see `scaffolds`.
+SCAFFOLDS = ("relation", "free", "told")
+KINDS = (*FAMILIES, "question", *NAMES, *SCAFFOLDS)
 # A slot of a caption family or "question" holds that and nothing else; a slot "task:N" has N tokens for any question or task.
 TASK_SLOT = "task:"
 DEFAULT_SLOTS = ("short", "narrative", "late", "task:28", "task:28", "task:34", "task:34", "task:50", "task:72")

@@ -1,8 +1,8 @@
-"""What a training row asks about its picture.
+"""What a training row asks about its picture, in the shares of a `Mix`.
 
 A row's picture has one look, and every prompt of the row is true of that look:
 
-- a plain picture carries a caption of each family, then questions and plain-picture tasks;
+- a plain picture carries a caption of each family (as often as the mix says), then questions, plain-picture tasks and scaffolds;
 - a picture with signs (TextVQA) carries first of all prompts about its signs, with the words given and without; and, where they
   cover no object, the same as a plain one but for the `late` caption, of which one wording denies that there is text;
 - a bad photograph (VizWiz) carries VizWiz prompts alone, for what it no longer shows must not be said of it; where it came out
@@ -16,20 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
+from . import scaffolds
 from .captions import FAMILIES, N_REFERENCES
+from .mixes import BROAD, Mix
 from .packing import Layout, Part, answer_part, caption_part, example_part, place
 from .questions import questions
 from .tasks import PLAIN, Look, examples, textvqa, vizwiz
 from .world import Scene
-
-# Shares of bad photographs and of pictures with signs; reading and blur are the most that a model has to learn anew.
-BAD, SIGNED = 0.16, 0.3
-N_BAD, N_SIGNED = 6, 4  # prompts drawn about a bad photograph, and about signs
-
-# Tasks asked about the plain picture: how many prompts of each to draw for a row's free slots. The long ones come first, or the
-# short ones would take their room.
-_LONG = ("scienceqa", "mmbench")
-_BRIEF = ("gqa", "gqa", "pope", "mme", "question")
 
 
 def _variant(rng: random.Random) -> int:
@@ -40,34 +33,45 @@ def _shuffled(rng: random.Random, items: list) -> list:
     return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))]
 
 
-def _asked(name: str, scene: Scene, rng: random.Random) -> Part | None:
-    """One of the prompts of a task, or of the captions' own questions, about the plain scene."""
-    found: list = questions(scene, _variant(rng)) if name == "question" else examples(name, scene, _variant(rng))
+def _asked(name: str, scene: Scene, rng: random.Random, mix: Mix) -> list[Part]:
+    """Prompts of a task, of a scaffold or of the captions' own questions, about the plain scene."""
+    if name == "relation":
+        asked = scaffolds.relation(scene, rng)
+        return [answer_part(name, *asked)] if asked else []
+    task = "mmbench" if name == "told" else name
+    found: list = questions(scene, _variant(rng)) if name == "question" else examples(task, scene, _variant(rng))
     if not found:
-        return None
+        return []
     if name == "pope" and rng.random() < 0.5:  # of POPE's four prompts one is to be answered yes, the other three no
         found = found[:1]
-    one = found[int(rng.random() * len(found))]
-    return answer_part(name, one.prompt, one.answer) if name == "question" else example_part(name, one)
+    at = int(rng.random() * len(found))
+    one = found[at]
+    if name == "told":
+        return [answer_part(name, *scaffolds.told(one))]
+    if name == "question":
+        return [answer_part(name, one.prompt, one.answer)]
+    parts = [example_part(name, one)]
+    if name == "mmbench":
+        parts += [example_part(name, found[(at + r) % len(found)]) for r in range(1, mix.rotations)]
+    asked = scaffolds.free(one) if mix.free and "options" in one.meta else None
+    return [*parts, answer_part("free", *asked)] if asked else parts
 
 
-def _plain_tasks(scene: Scene, rng: random.Random) -> Iterator[Part]:
-    for name in (*_LONG, *_shuffled(rng, list(_BRIEF))):
-        part = _asked(name, scene, rng)
-        if part is not None:
-            yield part
+def _plain_tasks(scene: Scene, rng: random.Random, mix: Mix) -> Iterator[Part]:
+    for name in (*mix.long, *_shuffled(rng, list(mix.brief))):
+        yield from _asked(name, scene, rng, mix)
 
 
-def _signs(scene: Scene, rng: random.Random) -> tuple[Look, list[Part]]:
+def _signs(scene: Scene, rng: random.Random, n: int) -> tuple[Look, list[Part]]:
     """A picture with signs and prompts about it, those with the words given first."""
     variant = _variant(rng)
-    given, alone = (textvqa.several(scene, variant, N_SIGNED, with_text) for with_text in (True, False))
+    given, alone = (textvqa.several(scene, variant, n, with_text) for with_text in (True, False))
     told = given[int(rng.random() * len(given))]
     return told.look, [example_part("textvqa-ocr", told), *(example_part("textvqa", e) for e in alone)]
 
 
-def _bad(scene: Scene, rng: random.Random) -> tuple[Look, list[Part]]:
-    shown = vizwiz.several(scene, _variant(rng), N_BAD)
+def _bad(scene: Scene, rng: random.Random, n: int) -> tuple[Look, list[Part]]:
+    shown = vizwiz.several(scene, _variant(rng), n)
     return (shown[0].look, [example_part("vizwiz", e) for e in shown]) if shown else (PLAIN, [])
 
 
@@ -83,20 +87,22 @@ class Row:
     placed: list[tuple[int, Part]]
 
 
-def compose(scene: Scene, layout: Layout) -> Row:
-    """A scene's training row, deterministic in (split, seed, layout)."""
+def compose(scene: Scene, layout: Layout, mix: Mix = BROAD) -> Row:
+    """A scene's training row, deterministic in (split, seed, layout, mix)."""
     rng = random.Random(f"dyrate-rows-2/{scene.split}/{scene.seed}")
     look, seen, draw = PLAIN, True, rng.random()
     about_look: list[Part] = []
-    if layout.tasks and draw < BAD + SIGNED:
-        look, about_look = _bad(scene, rng) if draw < BAD else _signs(scene, rng)
-        seen = look.plain or draw >= BAD and not textvqa.cover(scene, look)
+    if layout.tasks and draw < mix.bad + mix.signed:
+        bad = draw < mix.bad
+        look, about_look = _bad(scene, rng, mix.n_bad) if bad else _signs(scene, rng, mix.n_signed)
+        seen = look.plain or not bad and not textvqa.cover(scene, look)
     if not seen:
         return Row(look, seen, place(about_look, layout.lengths, range(len(layout.kinds))))
     placed, free = [], []
     asked = _shuffled(rng, questions(scene, _variant(rng))) if "question" in layout.kinds else []
     for slot, kind in enumerate(layout.kinds):
-        if kind in FAMILIES and not (kind == "late" and look.signs):
+        told = kind in FAMILIES and not (kind == "late" and look.signs)
+        if told and (mix.captions >= 1 or rng.random() < mix.captions):
             placed.append((slot, caption_part(scene, kind, int(rng.random() * N_REFERENCES))))
         elif kind == "question":
             if asked:
@@ -105,5 +111,5 @@ def compose(scene: Scene, layout: Layout) -> Row:
         else:
             free.append(slot)
     if free:
-        placed += place(chain(about_look, _plain_tasks(scene, rng)), layout.lengths, free)
+        placed += place(chain(about_look, _plain_tasks(scene, rng, mix)), layout.lengths, free)
     return Row(look, seen, placed)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .data import SCENES_PER_SEED
 from .tokenizer import build_tokenizer
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -19,7 +20,9 @@ def described(folder: Path) -> dict[str, Any]:
     """What a recipe records of the checkpoint it starts from.
 
     Returns:
-        name: of the folder. steps, pictures: that it was trained for, over all runs one after another. sha256: of its weights.
+        name: of the folder. steps, pictures: that it was trained for, over all runs one after another; training goes on behind
+        the pictures. sha256: of its weights. legs: where it was itself trained further, each of the runs in turn: steps,
+        pictures, sha256 of the weights that it left, and `first`, the number of its first scene (where its record has it).
 
     Raises:
         InputError: if the folder is no checkpoint of this project with its ``metrics.json``.
@@ -35,12 +38,18 @@ def described(folder: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     for shard in sorted(folder.glob("*.safetensors")):
         digest.update(shard.read_bytes())
-    return {
+    own = {"steps": steps, "pictures": steps * batch, "sha256": digest.hexdigest()}
+    first = {"first": recipe.get("seed", 0) * SCENES_PER_SEED + before["pictures"]}
+    found = {
         "name": folder.resolve().name,
         "steps": before["steps"] + steps,
         "pictures": before["pictures"] + steps * batch,
-        "sha256": digest.hexdigest(),
+        "sha256": own["sha256"],
     }
+    if not before["steps"]:
+        return found
+    earlier = before.get("legs") or [{k: before[k] for k in own}]
+    return found | {"legs": [*earlier, own | first]}
 
 
 def token_sources(old: Any, new: Any) -> list[list[int]]:

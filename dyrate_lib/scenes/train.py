@@ -3,11 +3,12 @@
     python -m dyrate_lib.scenes.train --size small --out DIR --budget-seconds 540
     python -m dyrate_lib.scenes.train --size small --from data/checkpoints/scenes-small --steps 4400 --out DIR --ship DIR2 \\
         --eval-n 500
+    python -m dyrate_lib.scenes.train --size small --from CONTINUED --mix lagging --budget-seconds 600 --out DIR
 
 Each picture carries one row of captions and short-answer tasks (see `rows` for what is asked of which picture, and
-:class:`~dyrate_lib.scenes.vlm.PackedForward`); the loss is the cross-entropy on responses, averaged within each kind,
-plus what the CLS token of the vision tower should know of the picture. The output folder is a complete checkpoint from
-the first save on; a killed run resumes from its state.
+:class:`~dyrate_lib.scenes.packed_forward.PackedForward`); the loss is the cross-entropy on responses, averaged within each kind,
+plus what the CLS token of the vision tower should know of the picture and, in some mixes, what its patches say. The
+output folder is a complete checkpoint from the first save on; a killed run resumes from its state.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from pathlib import Path
 import torch
 
 from .checkpoint import ship, unship
+from .mixes import PRESETS
 from .objective import Recipe
+from .packed_forward import ATTENTIONS
 from .trainer import TrainResult, train
-from .vlm import ATTENTIONS, SIZES
+from .vlm import SIZES
 
 __all__ = ["Recipe", "TrainResult", "main", "provenance", "ship", "train", "unship"]
 
@@ -68,7 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda:0, cpu, ...; default: CUDA if there is one")
     parser.add_argument("--workers", type=int, help="processes that prepare scenes")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--attention", choices=ATTENTIONS, default="masked", help="kernel of the packed pass")
+    parser.add_argument(
+        "--attention", choices=(*ATTENTIONS, "auto"), default="auto", help="of the packed pass; auto: what is fastest, compiled"
+    )
+    parser.add_argument(
+        "--mix", choices=sorted(PRESETS), default="broad", help="shares of captions and tasks; lagging: for a second leg on tasks"
+    )
     parser.add_argument("--save-every", type=float, default=75.0, help="seconds between checkpoints")
     parser.add_argument("--ship", type=Path, help="also copy the checkpoint there, as shards and one files.tar")
     parser.add_argument("--eval-n", type=int, default=500, help="held-out pictures (or questions a kind) to score")
@@ -90,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{args.size} {time.monotonic() - entered:6.1f} s] {text}", flush=True)
 
     lr = args.lr or (LR_FURTHER if args.start else Recipe.lr)
-    recipe = Recipe(size=args.size, seed=args.seed, steps=args.steps, batch=args.batch, lr=lr)
+    preset = vars(PRESETS[args.mix])
+    recipe = Recipe(size=args.size, seed=args.seed, steps=args.steps, batch=args.batch, lr=lr, **preset)
     budget = args.budget_seconds or (None if args.steps else 540.0)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     result = train(

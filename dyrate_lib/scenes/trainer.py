@@ -17,14 +17,16 @@ from typing import Any
 import torch
 
 from ..errors import DyRateError, InputError
-from .data import KINDS, N_CLS, PackedBatches, prefix_ids
-from .objective import Recipe, cls_loss, learning_rate, response_loss, to_device, token_accuracy
+from .data import KINDS, PackedBatches, prefix_ids
+from .fast_forward import fast_forward
+from .objective import Heads, Recipe, cls_loss, learning_rate, response_loss, text_loss, to_device, token_accuracy
+from .packed_forward import PackedForward
 from .starting import described, load_start
 from .tokenizer import build_processor
 from .training_keeper import Keeper
-from .training_plan import TIMED, Plan, Say
+from .training_plan import Plan, Say
 from .training_state import load_state
-from .vlm import SIZES, PackedForward, build_model
+from .vlm import SIZES, build_model
 
 
 @dataclass
@@ -63,8 +65,8 @@ class _Run:
         if start is not None:
             load_start(self.model, start)
         self.model.to(device)
-        self.head = torch.nn.Linear(SIZES[recipe.size].vision_width, N_CLS).to(device)
-        named = [*self.model.named_parameters(), *self.head.named_parameters(prefix="cls_head")]
+        self.heads = Heads(SIZES[recipe.size].vision_width).to(device)
+        named = [*self.model.named_parameters(), *self.heads.named_parameters(prefix="heads")]
         decay = [p for n, p in named if p.ndim >= 2 and "embed" not in n]
         plain = [p for n, p in named if not (p.ndim >= 2 and "embed" not in n)]
         self.parameters = [p for _, p in named]
@@ -79,36 +81,38 @@ class _Run:
 
     def make_forward(self, compile: bool, lengths: tuple[int, ...], probe: dict, attention: str) -> None:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        prefix = torch.tensor(prefix_ids())
-        self.forward = PackedForward(self.model, prefix, lengths, dtype, attention)
-        if not compile:
-            return
-        started = time.monotonic()
-        try:
-            self.forward.compile()
-            self.losses(probe, warm=True)[0].backward()
-            with torch.no_grad():  # validation runs a forward pass of its own: compile that now, too
-                self.forward(probe["pixel_values"], probe["ids"])
-            self.compiled = True
-            self.say(f"compiled both blocks in {time.monotonic() - started:.1f} s")
-        except Exception as error:  # whatever the compiler's reason: training goes on without it, and says so
-            self.forward = PackedForward(self.model, prefix, lengths, dtype)
-            reason = f"{type(error).__name__}: {error}"[:500]
-            self.say(f"not compiled, going on in eager mode; the reason: {reason}")
-        self.optimizer.zero_grad(set_to_none=True)
 
-    def losses(self, b: dict, warm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, cls = self.forward(b["pixel_values"], b["ids"])
-        main, means = response_loss(logits, b["labels"], b["kind"], self.recipe.kind_weights)
-        bag = cls_loss(self.head, cls if warm else cls.detach(), b["cls"], b["seen"])
-        total = main + self.recipe.cls_weight * bag
-        return total, torch.cat([torch.stack([total, bag]), means]).detach()
+        def work(forward: PackedForward) -> None:  # all that training and validation will do
+            self.losses(probe, True, forward)[0].backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                forward(probe["pixel_values"], probe["ids"])
+
+        self.forward, self.compiled = fast_forward(
+            lambda kind: PackedForward(self.model, torch.tensor(prefix_ids()), lengths, dtype, kind),
+            attention, compile, work, self.say,
+        )  # fmt: skip
+        self.optimizer.zero_grad(set_to_none=True)  # of a trial that failed half way
+
+    def losses(
+        self, b: dict, warm: bool = True, forward: PackedForward | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        forward = forward or self.forward
+        h, cls, features = forward.hidden(b["pixel_values"], b["ids"])
+        logits = forward.logits(h.flatten(0, 1).index_select(0, b["at"]))
+        main, means = response_loss(logits, b["at_labels"], b["at_kind"], self.recipe.kind_weights)
+        bag = cls_loss(self.heads.cls, cls if warm else cls.detach(), b["cls"], b["seen"])
+        total, texts = main + self.recipe.cls_weight * bag, torch.zeros_like(bag)
+        if self.recipe.text_weight:
+            texts = text_loss(self.heads.texts, features if warm else features.detach(), b["texts"])
+            total = total + self.recipe.text_weight * texts
+        return total, torch.cat([torch.stack([total, bag, texts]), means]).detach()
 
     def update(self, b: dict, steps: int) -> torch.Tensor:
         lr = learning_rate(self.recipe, self.step, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # A checkpoint brings no CLS head: a new one learns alone before it may move the tower that it reads.
+        # A checkpoint brings no heads: new ones learn alone before they may move the tower that they read.
         warm = self.recipe.start is None or self.step >= min(self.recipe.warmup, steps // 10)
         loss, parts = self.losses(b, warm)
         loss.backward()
@@ -123,7 +127,7 @@ class _Run:
             recipe=asdict(self.recipe),
             step=self.step,
             model=self.model.state_dict(),
-            head=self.head.state_dict(),
+            heads=self.heads.state_dict(),
             optimizer=self.optimizer.state_dict(),
             history=self.history,
         )
@@ -134,7 +138,7 @@ class _Run:
         if want != have:
             raise InputError(f"{path} belongs to another recipe; remove it or choose another --out.\n{have}\n{want}")
         self.model.load_state_dict(state["model"])
-        self.head.load_state_dict(state["head"])
+        self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
         return state
@@ -173,7 +177,7 @@ def train(
         say: takes the lines of the progress report.
         start: folder of a checkpoint whose weights training starts from, on pictures that it has not seen; its vocabulary
             may be another one (see `starting`). The optimiser starts afresh. None: from scratch.
-        attention: see :class:`PackedForward`.
+        attention: see :func:`fast_forward`.
 
     Returns:
         The trained model (float32, in eval mode), its processor and the history.
@@ -197,7 +201,9 @@ def train(
     keeper = Keeper(out, build_processor(), ship_to, save_every, say)
     resumed = keeper.resumable()
     before = recipe.start["pictures"] if recipe.start else 0
-    dataset = PackedBatches("train", recipe.batch, recipe.slots, length=10_000_000, seed=recipe.seed, first=before)
+    dataset = PackedBatches(
+        "train", recipe.batch, recipe.slots, length=10_000_000, seed=recipe.seed, first=before, mix=recipe.mix
+    )
     if workers is None:
         workers = max(2, min(10, (os.cpu_count() or 2) // 2 - 2)) if on_gpu else 0
     # Workers are forked before the compiler starts threads of its own.
@@ -208,10 +214,10 @@ def train(
     plan = Plan(recipe.steps, deadline, resumed, say)
     if resumed:
         state = run.load(_existing(keeper.state))
-        plan.steps = plan.steps or state.get("planned")
+        plan.resume(state.get("planned"))
         say(f"resumed at step {run.step}")
     run.make_forward(on_gpu if compile is None else compile, dataset.layout.lengths, pending, attention)
-    validation = PackedBatches("val", min(recipe.batch, 128), recipe.slots, length=4)
+    validation = PackedBatches("val", min(recipe.batch, 128), recipe.slots, length=4, mix=recipe.mix)
     held_out = [to_device(validation[i], device) for i in range(4 if on_gpu else 1)]
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     say(
@@ -231,11 +237,11 @@ def train(
         window.append(run.update(pending, plan.length))
         if not plan.done(run.step):
             pending = to_device(next(loader), device)
-        if run.step == plan.time_from:
+        if plan.starts(run.step):
             timed_from = clock()
-        if run.step == plan.time_to and plan.steps is None:
+        if plan.ends(run.step):
             now = clock()
-            plan.measured(run.step, now, (now - timed_from) * 1000 / (TIMED[1] - TIMED[0]))
+            plan.measured(run.step, now, (now - timed_from) * 1000 / plan.timed_steps)
         if run.step % log_every and not plan.done(run.step):
             continue
         now = clock()
@@ -268,7 +274,8 @@ def _log_line(run: _Run, parts: list[float], length: int, seconds: float, ms: fl
         "step": run.step,
         "loss": round(parts[0], 5),
         "cls": round(parts[1], 5),
-        **{k: round(v, 5) for k, v in zip(KINDS, parts[2:-1], strict=True)},
+        "texts": round(parts[2], 5),
+        **{k: round(v, 5) for k, v in zip(KINDS, parts[3:-1], strict=True)},
         "grad_norm": round(parts[-1], 4),
         "lr": round(learning_rate(run.recipe, run.step - 1, length), 8),
         "seconds": round(seconds, 2),
