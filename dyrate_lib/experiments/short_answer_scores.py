@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..errors import InputError
 from ..stats import bootstrap_sums, paired_statistic
 from ..stats_tests import holm, paired_p_value
-from ..task_metrics import TaskScores, paired, score_task
+from ..task_metrics import TaskScores, score_task
 from .benchmark_tables import per_picture
 from .benchmarks import Row, remembered, row_by_key
 from .context import Study
 from .roles import TABLE1
 from .short_answers import BOTH_PROTOCOLS, WITH_TEXT, models, rows, tasks
-from .summaries import Quantity
+from .summaries import Quantity, show_interval
 
 ALPHA = 0.05
 FLIPS = 9999  # of the test's random patterns: with 240 comparisons Holm's smallest p is then 0.024
@@ -39,24 +40,35 @@ def unit(found: TaskScores) -> float:
     return 1 / (2 * (found.sums.shape[1] // 3)) if found.task == "mme" else 1.0
 
 
+def drawn(study: Study, found: TaskScores, seed: int = 0) -> np.ndarray:
+    """[1 + resamples] headline figure of the set and of its resamples, those of `TaskScores.interval` under the same seed.
+
+    Made once for each cell: its interval, its difference to another cell's and the share of it are all read from these.
+    """
+
+    def make() -> np.ndarray:
+        resampled = bootstrap_sums(found.sums, study.scale.bootstrap, study.seed + seed)
+        return found.of(np.vstack([found.sums.sum(axis=0), resampled]))
+
+    return remembered(study, ("task draws", id(found), seed), make)
+
+
 def difference(study: Study, a: TaskScores, b: TaskScores) -> Quantity:
-    """{mean, lo, hi, n} of a - b over the same pictures, in points of 100."""
-    found = np.array(paired(a, b, study.scale.bootstrap, study.seed)) * unit(a)
-    return {**dict(zip(("mean", "lo", "hi"), found.tolist(), strict=True)), "n": len(a.ids)}
+    """{mean, lo, hi, n} of a - b over the same pictures, in points of 100 (as `task_metrics.paired`)."""
+    if a.task != b.task or a.ids != b.ids:
+        raise InputError(f"scores of {a.task} and {b.task} on {len(a.ids)} and {len(b.ids)} pictures are not paired")
+    middle, lo, hi = interval_of((drawn(study, a) - drawn(study, b)) * unit(a))
+    return {"mean": middle, "lo": lo, "hi": hi, "n": len(a.ids)}
 
 
-def retained_draws(study: Study, a: TaskScores, b: TaskScores, seed: int = 0) -> np.ndarray:
-    """[1 + resamples] score of a over that of b, of the set and of its resamples; not finite where b scores nothing."""
-    sums = [
-        np.vstack([s.sums.sum(axis=0), bootstrap_sums(s.sums, study.scale.bootstrap, study.seed + seed)])
-        for s in (a, b)
-    ]
+def retained(study: Study, a: TaskScores, b: TaskScores, *, seed: int = 0) -> np.ndarray:
+    """[1 + resamples] share of b's score that a has, of the set and of its resamples; not finite where b scores nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return a.of(sums[0]) / b.of(sums[1])
+        return drawn(study, a, seed) / drawn(study, b, seed)
 
 
 def interval_of(draws: np.ndarray) -> tuple[float, float, float]:
-    """(estimate, lo, hi) of `retained_draws`, 95 %; NaN where there is none."""
+    """(estimate, lo, hi), 95 %, of an estimate followed by those of resamples; NaN where any is not finite."""
     if not np.isfinite(draws).all():
         return (float("nan"),) * 3
     lo, hi = np.quantile(draws[1:], [0.025, 0.975])
@@ -92,7 +104,7 @@ def _cells(study: Study) -> pd.DataFrame:
 
 def _line(study: Study, key: str, task: str, row: Row) -> dict[str, Any]:
     base, found = (scores(study, r, task) for r in (rows(study, key, task)[0], row))
-    lo, hi = found.interval(study.scale.bootstrap, study.seed)
+    _, lo, hi = interval_of(drawn(study, found))
     line: dict[str, Any] = {
         "model": study.label(key), "task": task, "key": row.key, "method": row.label, "score": found.score, "lo": lo, "hi": hi,
     }  # fmt: skip
@@ -103,7 +115,7 @@ def _line(study: Study, key: str, task: str, row: Row) -> dict[str, Any]:
         gap = difference(study, found, base)
         line |= {"change": gap["mean"], "change lo": gap["lo"], "change hi": gap["hi"]}
         line |= {"p": paired_p_value(found.sums, base.sums, found.of, FLIPS, study.seed), "p Holm": nothing}
-    kept = [100 * value for value in interval_of(retained_draws(study, found, base))]
+    kept = [100 * value for value in interval_of(retained(study, found, base))]
     line |= dict(zip(("retained %", "retained lo", "retained hi"), kept, strict=True))
     for convention in ("paper", "cached"):
         line[f"FLOPs % ({convention})"] = 100 * per_picture(row, "flops", convention).mean()
@@ -120,9 +132,8 @@ def mean_retained(study: Study, key: str, name: str) -> tuple[float, float, floa
         here = {row.key: row for row in rows(study, key, task)}
         if name not in here:
             return (float("nan"),) * 3
-        draws.append(
-            retained_draws(study, scores(study, here[name], task), scores(study, here["original"], task), seed=i)
-        )
+        found, base = (scores(study, here[row], task) for row in (name, "original"))
+        draws.append(retained(study, found, base, seed=i))
     middle, lo, hi = interval_of(np.mean(draws, axis=0))
     return 100 * middle, 100 * lo, 100 * hi
 
@@ -139,23 +150,22 @@ def comparisons(study: Study) -> str:
     raw, adjusted = int((tested["p"] < ALPHA).sum()), int((tested["p Holm"] < ALPHA).sum())
     return (
         f"{len(tested)} differences to the unpruned model are tested. If none were real, about {ALPHA * len(tested):.0f} would "
-        f"have p < {ALPHA:g}; {raw} have. After Holm's correction over all of them {adjusted} are left: those are marked, and "
-        f"with a probability of {1 - ALPHA:.0%} none of them is there by chance. An interval without 0 says less."
+        f"have p < {ALPHA:g}; {raw} have. After Holm's correction over all of them {adjusted} are left and marked: the chance "
+        f"that any of these is luck is at most {ALPHA:.0%}. An interval of one cell without 0 says less."
     )
 
 
 def findings(study: Study) -> str:
-    """Stable lines: what is different from the unpruned model beyond doubt (Holm), task by task."""
+    """Stable lines: what does not differ from the unpruned model, and what is above it, task by task (after Holm)."""
     table, lines = cells(study), []
     for key in models(study):
         for task in tasks(study):
-            some = table[(table.model == study.label(key)) & (table.task == task) & (table["p Holm"] < ALPHA)]
-            said = [
-                f"{word}: {', '.join(chosen.method)}"
-                for word, chosen in (("above", some[some.change > 0]), ("below", some[some.change < 0]))
-                if len(chosen)
-            ]
-            lines.append(f"{study.label(key)}, {TABLE1[task][1]}: {'; '.join(said) or 'nothing differs from unpruned'}")
+            some = table[(table.model == study.label(key)) & (table.task == task) & (table.key != "original")]
+            shown = some["p Holm"] < ALPHA
+            above, even, below = some[shown & (some.change > 0)], some[~shown], some[shown & (some.change < 0)]
+            said = f"not told apart from unpruned: {', '.join(even.method) or 'none'}"
+            said += f"; above: {', '.join(above.method)}" if len(above) else ""
+            lines.append(f"{study.label(key)}, {TABLE1[task][1]}: {said}; below: {len(below)} of {len(some)}")
     return "\n".join(lines)
 
 
@@ -171,14 +181,17 @@ def protocols(study: Study) -> pd.DataFrame:
             out.append(
                 {
                     "model": study.label(key), "method": row.label,
-                    **{
-                        label: f"{s.score:.1f} [{s.interval(*options)[0]:.1f}, {s.interval(*options)[1]:.1f}]"
-                        for label, s in (("no text given [95%]", without), ("text given [95%]", given))
-                    },
+                    "no text given [95%]": show_interval(_quantity(study, without), 1),
+                    "text given [95%]": show_interval(_quantity(study, given), 1),
                     "what the text adds [95%]": f"{gain:+.1f} [{lo:+.1f}, {hi:+.1f}]", "n": len(given.ids),
                 }
             )  # fmt: skip
     return pd.DataFrame(out)
+
+
+def _quantity(study: Study, found: TaskScores) -> Quantity:
+    middle, lo, hi = interval_of(drawn(study, found))
+    return {"mean": middle, "lo": lo, "hi": hi, "n": len(found.ids)}
 
 
 def quantities(study: Study) -> dict[str, Any]:
