@@ -21,6 +21,7 @@ from .methods import (
     PyramidDrop,
     RandomPrune,
     RatePath,
+    RelookRate,
     SparseVLM,
     VisionZip,
     clip_text,
@@ -35,7 +36,7 @@ __version__ = "0.3.3"
 __all__ = [
     "ST3", "VTW", "BeforeLLM", "CDPruner", "DepthPrune", "DivPrune", "DyRate", "DyRateError", "FastV",
     "GenerationOutput", "InputError", "Method", "NoReduction", "PruMerge", "PruMergePlus", "PyramidDrop", "RandomPrune",
-    "RatePath", "RatePredictor", "RecordError", "ResourceError", "SparseVLM", "Trace", "VisionZip", "actual_tokens",
+    "RatePath", "RatePredictor", "RecordError", "RelookRate", "ResourceError", "SparseVLM", "Trace", "VisionZip", "actual_tokens",
     "attention_shares", "budget", "chat_prompt", "clip_text", "generate", "load_vlm", "model_info", "prepare_inputs",
     "vtw_search",
 ]  # fmt: skip

@@ -21,8 +21,8 @@ _ARTICLES = ("a", "an", "the")
 # Contractions that people type without their apostrophe. Forms that are words of their own (its, well, were) are left alone.
 _CONTRACTED = (
     "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't shouldn't wasn't "
-    "weren't won't wouldn't i'm i've he's she's that's there's what's where's who's how's let's you're you've you'll they're they've "
-    "they'll we've could've might've should've would've o'clock y'all"
+    "weren't won't wouldn't i'm i've he's she's that's there's what's where's who's how's let's you're you've you'll they're "
+    "they've they'll we've could've might've should've would've o'clock y'all"
 ).split()
 _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED}
 # The marks of the official script: not the apostrophe (possessives), the colon (times), signs such as % and $; comma and period

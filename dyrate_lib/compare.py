@@ -1,154 +1,39 @@
 """The paper's numbers beside ours, and the verdict on each claim.
 
 The paper's tables lie in `data/paper/*.csv`, cut from its text. What our records must show for a claim was written down in
-`data/paper/claims.yaml` before any full-scale result existed; this module only applies it. A quantity that is missing, not
-finite, without the interval that its check needs, or that comes from too few pictures makes the claim 'cannot be judged
-here': nothing passes by being absent.
+`data/paper/claims.yaml` before any full-scale result existed (in `claims_beyond.yaml` for what was asked later, before its
+records did); this module only applies it. A quantity that is missing, not finite, without the interval that its check needs,
+or that comes from too few pictures makes the claim 'cannot be judged here': nothing passes by being absent.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from dyrate_lib import paths
-from dyrate_lib.errors import InputError, ResourceError
+from dyrate_lib.criteria import BEYOND, FIRST, Check, Claim, Quantity, claims, claims_file
+from dyrate_lib.errors import InputError
+
+__all__ = [
+    "BEYOND", "BORNE_OUT", "CANNOT_JUDGE", "Check", "Claim", "FIRST", "NOT_BORNE_OUT", "PARTLY", "Quantity", "VERDICTS",
+    "Verdict", "claims", "judge", "judge_all", "load_paper", "load_quantities", "save_quantities", "scoreboard", "side_by_side",
+    "summary_line",
+]  # fmt: skip
 
 BORNE_OUT = "borne out"
 PARTLY = "partly"
 NOT_BORNE_OUT = "not borne out"
 CANNOT_JUDGE = "cannot be judged here"
 VERDICTS = (BORNE_OUT, PARTLY, NOT_BORNE_OUT, CANNOT_JUDGE)
-
-# op -> (which end of the quantity it looks at, comparison)
-_OPS: dict[str, tuple[str, str]] = {
-    ">=": ("mean", ">="), "<=": ("mean", "<="), ">": ("mean", ">"), "<": ("mean", "<"), "within": ("mean", "within"),
-    "lo>": ("lo", ">"), "lo>=": ("lo", ">="), "hi<": ("hi", "<"), "hi<=": ("hi", "<="),
-    "hi>=": ("hi", ">="), "lo<=": ("lo", "<="),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """One measured number: an estimate and, where it was sampled, its 95 % interval and the n behind it."""
-
-    mean: float
-    lo: float | None = None
-    hi: float | None = None
-    n: int | None = None
-
-    @classmethod
-    def of(cls, value: Any) -> Quantity:
-        """From a number or from a mapping with `mean` and optionally `lo`, `hi`, `n`. InputError on anything else."""
-        if isinstance(value, Quantity):
-            return value
-        if isinstance(value, Mapping):
-            unknown = set(value) - {"mean", "lo", "hi", "n"}
-            if unknown or "mean" not in value:
-                raise InputError(
-                    f"a quantity is a number or {{mean, lo, hi, n}}, not a mapping with keys {sorted(map(str, value))}"
-                )
-            lo, hi, n = value.get("lo"), value.get("hi"), value.get("n")
-            if (lo is None) != (hi is None):
-                raise InputError("a quantity has both ends of its interval, lo and hi, or neither")
-            if lo is not None and hi is not None and float(lo) > float(hi):
-                raise InputError(f"a quantity's interval runs from low to high, not from {lo} to {hi}")
-            return cls(
-                float(value["mean"]),
-                None if lo is None else float(lo),
-                None if hi is None else float(hi),
-                None if n is None else int(n),
-            )
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            raise InputError(f"a quantity is a number or {{mean, lo, hi, n}}, not {value!r}")
-        return cls(float(value))
-
-    def __format__(self, spec: str) -> str:
-        """The estimate in `spec`; str(quantity) adds the interval."""
-        return format(self.mean, spec) if spec else str(self)
-
-    def __str__(self) -> str:
-        if self.lo is None or self.hi is None:
-            return f"{self.mean:.4g}"
-        n = "" if self.n is None else f", n={self.n}"
-        return f"{self.mean:.4g} [{self.lo:.4g}, {self.hi:.4g}{n}]"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One condition on one quantity (see the head of claims.yaml for the meaning of each field)."""
-
-    id: str
-    quantity: str
-    op: str
-    value: float | tuple[float, float]
-    core: bool = False
-    min_n: int = 1
-    exact: bool = False
-    note: str = ""
-
-    def outcome(self, measured: Mapping[str, Any]) -> tuple[bool | None, str]:
-        """(True, False or None for 'cannot be judged', one line of evidence)."""
-        if self.quantity not in measured:
-            return None, f"{self.id}: {self.quantity} was not measured"
-        q = Quantity.of(measured[self.quantity])
-        end, comparison = _OPS[self.op]
-        if not self.exact and (q.n is None or q.n < self.min_n):
-            return None, f"{self.id}: n = {'unknown' if q.n is None else q.n}, {self.min_n} needed"
-        shown = {"mean": q.mean, "lo": q.lo, "hi": q.hi}[end]
-        if shown is None:
-            return None, f"{self.id}: {self.quantity} has no interval"
-        if not math.isfinite(shown) or not math.isfinite(q.mean):
-            return None, f"{self.id}: {self.quantity} is not finite"
-        held = _compare(shown, comparison, self.value)
-        return held, f"{self.id}: {q} {'meets' if held else 'misses'} {self.condition}"
-
-    @property
-    def condition(self) -> str:
-        """The condition in a reader's words, e.g. 'interval above 0'."""
-        if isinstance(self.value, tuple):
-            return f"within {self.value[0]:g} to {self.value[1]:g}"
-        words = {
-            "lo>": "interval above", "lo>=": "interval at or above", "hi<": "interval below", "hi<=": "interval at or below",
-            "hi>=": "interval reaching", "lo<=": "interval reaching down to",
-        }  # fmt: skip
-        return f"{words.get(self.op, self.op)} {self.value:g}"
-
-
-def _compare(x: float, comparison: str, value: float | tuple[float, float]) -> bool:
-    if isinstance(value, tuple):
-        return value[0] <= x <= value[1]
-    return {">": x > value, ">=": x >= value, "<": x < value, "<=": x <= value}[comparison]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper with the checks that decide on it."""
-
-    id: str
-    title: str
-    text: str
-    paper: str
-    notebook: str
-    checks: tuple[Check, ...]
-    measured_as: str = ""
-    beyond: str = ""
-
-    @property
-    def quantities(self) -> tuple[str, ...]:
-        """Names of all quantities the checks read, each once, in order."""
-        return tuple(dict.fromkeys(c.quantity for c in self.checks))
 
 
 @dataclass(frozen=True)
@@ -177,48 +62,6 @@ def load_paper(name: str) -> pd.DataFrame:
     return table
 
 
-def _expand(raw: Mapping[str, Any], min_n: int, claim: str) -> Iterable[Check]:
-    unknown = set(raw) - {"id", "quantity", "op", "value", "core", "min_n", "exact", "note", "for_each"}
-    if unknown:
-        raise InputError(f"claims.yaml, {claim}: unknown field {sorted(unknown)} in check {raw.get('id')!r}")
-    if raw["op"] not in _OPS:
-        raise InputError(f"claims.yaml, {claim}: op {raw['op']!r} is not one of {', '.join(_OPS)}")
-    is_range = isinstance(raw["value"], list)
-    if is_range != (raw["op"] == "within") or (is_range and len(raw["value"]) != 2):
-        raise InputError(f"claims.yaml, {claim}: only op 'within' takes a value [low, high], in check {raw['id']!r}")
-    value = (float(raw["value"][0]), float(raw["value"][1])) if is_range else float(raw["value"])
-    names = raw.get("for_each", {})
-    for combination in itertools.product(*names.values()):
-        filled = dict(zip(names, map(str, combination), strict=True))
-        yield Check(
-            id=raw["id"].format(**filled), quantity=raw["quantity"].format(**filled), op=raw["op"], value=value,
-            core=bool(raw.get("core", False)), min_n=int(raw.get("min_n", min_n)), exact=bool(raw.get("exact", False)),
-            note=raw.get("note", ""),
-        )  # fmt: skip
-
-
-def _claims_file(path: Path | str | None) -> dict[str, Any]:
-    file = Path(path) if path else paths.paper() / "claims.yaml"
-    if not file.is_file():
-        raise ResourceError(f"{file.name} is missing from data/paper: get a full checkout")
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def claims(path: Path | str | None = None) -> dict[str, Claim]:
-    """All claims by id, read from `data/paper/claims.yaml` (or `path`), checks written out. InputError on a malformed check."""
-    raw = _claims_file(path)
-    out: dict[str, Claim] = {}
-    for key, c in raw["claims"].items():
-        checks = tuple(check for r in c["checks"] for check in _expand(r, int(raw["min_n"]), key))
-        if not any(check.core for check in checks):
-            raise InputError(f"claims.yaml, {key}: no check is marked core, so nothing could refute the claim")
-        out[key] = Claim(
-            key, c["title"], c["text"].strip(), c["paper"], c["notebook"], checks,
-            c.get("measured_as", "").strip(), c.get("beyond", "").strip(),
-        )  # fmt: skip
-    return out
-
-
 def judge(claim: Claim, measured: Mapping[str, Any]) -> Verdict:
     """Apply a claim's checks to `measured` (name -> number or {mean, lo, hi, n}).
 
@@ -238,9 +81,9 @@ def judge(claim: Claim, measured: Mapping[str, Any]) -> Verdict:
     return Verdict(claim.id, PARTLY if kept_core else NOT_BORNE_OUT, f"{count}; {'; '.join(failed)}", rows)
 
 
-def judge_all(measured: Mapping[str, Any]) -> dict[str, Verdict]:
-    """A verdict on every claim of claims.yaml."""
-    return {key: judge(claim, measured) for key, claim in claims().items()}
+def judge_all(measured: Mapping[str, Any], beyond: bool = False) -> dict[str, Verdict]:
+    """A verdict on every claim of claims.yaml, and where `beyond` of claims_beyond.yaml."""
+    return {key: judge(claim, measured) for key, claim in claims(beyond=beyond).items()}
 
 
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
@@ -260,14 +103,17 @@ def _fill(template: str, measured: Mapping[str, Any]) -> str:
     return _FIELD.sub(put, template).replace("xnot measured", "not measured")  # no factor before a missing number
 
 
-def scoreboard(measured: Mapping[str, Any]) -> pd.DataFrame:
+def scoreboard(measured: Mapping[str, Any], beyond: bool = False) -> pd.DataFrame:
     """One row for each figure and table of the paper: element, claim, notebook, paper, ours, verdict, evidence (all text).
 
-    `ours` shows the measured quantities with their 95 % intervals, 'not measured' where one is missing.
+    `ours` shows the measured quantities with their 95 % intervals, 'not measured' where one is missing. beyond: with the elements
+    of claims_beyond.yaml, which replace those of the same element and claim.
     """
-    all_claims, verdicts = claims(), judge_all(measured)
+    all_claims, verdicts = claims(beyond=beyond), judge_all(measured, beyond)
+    files = [claims_file(None, name)[0] for name in ((FIRST, BEYOND) if beyond else (FIRST,))]
+    elements = {(e["element"], e["claim"]): e for file in files for e in file["elements"]}
     rows = []
-    for e in _claims_file(None)["elements"]:
+    for e in elements.values():
         if e["claim"] not in all_claims:
             raise InputError(f"claims.yaml: element {e['element']!r} names the unknown claim {e['claim']!r}")
         verdict = verdicts[e["claim"]]
@@ -289,11 +135,11 @@ def summary_line(verdicts: Mapping[str, Verdict]) -> str:
 
 def save_quantities(measured: Mapping[str, Any], notebook: str, folder: Path | str) -> Path:
     """Write a notebook's quantities to `folder/quantities_<notebook>.json`, sorted, atomically. InputError if malformed."""
-    known = {q for c in claims().values() for q in c.quantities}
+    known = {q for c in [*claims().values(), *claims(beyond=True).values()] for q in c.quantities}
     plain = {}
     for name, value in sorted(measured.items()):
         if name not in known:
-            raise InputError(f"no check in claims.yaml reads {name!r}: misspelt? See dyrate_lib.compare.claims()")
+            raise InputError(f"no check in {FIRST} or {BEYOND} reads {name!r}: misspelt? See dyrate_lib.compare.claims()")
         q = Quantity.of(value)
         plain[name] = {k: v for k, v in vars(q).items() if v is not None}
     file = Path(folder) / f"quantities_{notebook}.json"

@@ -92,6 +92,8 @@ class PrunedDecoder:
                 x, rotary, allowed = self._enter_tail(x)
             elif index > self.layer and state.slots[index] < state.slots[index - 1]:
                 x, rotary, allowed = self._shrink(index, x, rotary)
+            elif index > self.layer and self.method.reversible and state.extent_key(index) != -1:
+                allowed = self._tail_allowed(index)  # all are carried, but this layer reads a number of its own
             q, k, v = self.adapter.project(index, self.adapter.normed_input(index, x), rotary)
             self._store(index, k, v)
             x = self.adapter.finish(index, x, attend(q, k, v, allowed, causal=allowed is None))

@@ -201,8 +201,9 @@ def beam_records(
         by_step = np.concatenate([by_step, np.repeat(by_step[-1:], steps - len(by_step))])
         by_layer = np.full((steps, adapter.n_layers), float(n_image[b]))
         for layer in range(first, adapter.n_layers):
-            cap = method.caps(layer, torch.tensor([n_image[b]]))
-            by_layer[:, layer] = by_step if cap is None else np.minimum(by_step, float(cap[0]))
+            by_layer[:, layer] = method.at_layer(layer, torch.tensor(by_step), torch.tensor([n_image[b]]))
+        if method.reversible:  # the prompt's pass carries every token, whatever is read
+            by_layer[0] = n_image[b]
         counts = {convention: flops(info, lengths[b], n_image[b], by_layer, convention) for convention in CONVENTIONS}
         ratios, unpruned = _ratios(counts)
         records.append(

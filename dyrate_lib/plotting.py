@@ -29,7 +29,7 @@ WIDTH_PAGE = 7.16  # inches, both columns
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-GREY = "#8C8C8C"
+GREY, CRIMSON = "#8C8C8C", "#B2182B"
 # Paul Tol's muted scheme, for the methods that Okabe and Ito's eight colours do not suffice for
 INDIGO, FOREST, WINE, ROSE, OLIVE, BROWN, TEAL, MAGENTA = (
     "#332288", "#117733", "#882255", "#CC6677", "#999933", "#661100", "#44AA99", "#AA4499",
@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "fastv-3": ("FastV (P=3, R=0.5)", BLUE, "D", "--"),
     "vtw": ("VTW", ORANGE, "v", "-."),
     "dyrate": ("DyRate", VERMILION, "^", "-"),
+    "relook": ("RelookRate (ours)", CRIMSON, "o", "-"),
     "fixed": ("Fixed rate (FP)", GREEN, "P", "--"),
     "depth": ("Depth-based (DP)", PURPLE, "*", "-."),
     "sparsevlm": ("SparseVLM", INDIGO, "<", "--"),
@@ -53,6 +54,16 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "prumerge+": ("PruMerge+", ROSE, "H", ":"),
     "divprune": ("DivPrune", OLIVE, "8", ":"),
     "cdpruner": ("CDPruner", BROWN, "X", ":"),
+}
+# What a rate predictor is fed with (predictor_inputs.INPUTS) -> the same; the paper's has DyRate's colour and marker, the oracle
+# black, and those that see neither picture nor text are dotted
+INPUTS: dict[str, tuple[str, str, str, str]] = {
+    "shares": ("Attention shares (paper)", VERMILION, "^", "-"),
+    "step": ("Step number only", BLUE, "s", ":"),
+    "none": ("Nothing (constant)", GREY, "X", ":"),
+    "hidden": ("Hidden state", GREEN, "D", "-"),
+    "foreign": ("Another picture's shares", ORANGE, "v", "--"),
+    "oracle": ("Oracle (known need)", BLACK, "*", "-."),
 }
 COLORS = {key: entry[1] for key, entry in METHODS.items()}
 LABELS = {key: entry[0] for key, entry in METHODS.items()}
@@ -81,6 +92,13 @@ def method_style(key: str) -> dict[str, str]:
         raise InputError(f"no style for method {key!r}; there is one for {', '.join(METHODS)}")
     label, color, marker, linestyle = METHODS[key]
     return {"label": label, "color": color, "marker": marker, "linestyle": linestyle}
+
+
+def input_style(key: str) -> dict[str, str]:
+    """Keyword arguments for `ax.plot` of a predictor's inputs, as `method_style`. InputError on an unknown key."""
+    if key not in INPUTS:
+        raise InputError(f"no style for a predictor fed with {key!r}; there is one for {', '.join(INPUTS)}")
+    return dict(zip(("label", "color", "marker", "linestyle"), INPUTS[key], strict=True))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,15 +31,33 @@ def bootstrap_means(per_image: Sequence[float] | np.ndarray, n: int = 1000, seed
     """[n] float64 means of resamples, with replacement, of the per-image scores. The pictures are what is resampled."""
     values = _values(per_image)
     _check(0.5, n)
-    return np.concatenate([values[drawn].mean(axis=1) for drawn in _draws(values.size, n, seed)])
-
-
-def _draws(pictures: int, n: int, seed: int, columns: int = 1) -> Iterator[np.ndarray]:
-    """Resamples [rows, pictures] of picture numbers, n rows in all; how many come at once changes nothing about them."""
     random = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // (pictures * columns))
+    rows = max(1, _CHUNK // values.size)
+    means = [
+        values[random.integers(0, values.size, size=(min(rows, n - start), values.size))].mean(axis=1)
+        for start in range(0, n, rows)
+    ]
+    return np.concatenate(means)
+
+
+def bootstrap_sums(per_picture: np.ndarray, n: int = 1000, seed: int = 0) -> np.ndarray:
+    """[n, k] sums over resamples, with replacement, of pictures with k statistics each; `per_picture` [pictures, k] float64.
+
+    For scores that are functions of sums (F1, say). The same size and seed resample the same pictures, here and in
+    `bootstrap_means`. Raises InputError for no pictures, values that are not finite, n below 1.
+    """
+    values = np.asarray(per_picture, dtype=np.float64)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise InputError(f"statistics must be finite numbers [pictures, k] of at least one picture, not {values.shape}")
+    _check(0.5, n)
+    random, size = np.random.default_rng(seed), len(values)
+    rows, sums = max(1, _CHUNK // size), []
     for start in range(0, n, rows):
-        yield random.integers(0, pictures, size=(min(rows, n - start), pictures))
+        some = min(rows, n - start)
+        drawn = random.integers(0, size, size=(some, size)) + np.arange(some)[:, None] * size
+        # how often each picture was drawn, times its statistics
+        sums.append(np.bincount(drawn.ravel(), minlength=some * size).reshape(some, size) @ values)
+    return np.concatenate(sums)
 
 
 def bootstrap_sums(per_picture: np.ndarray, n: int = 1000, seed: int = 0) -> np.ndarray:
@@ -164,7 +182,7 @@ def bootstrap_statistic(
     whole = float(of(table.sum(axis=0)))
     if not np.isfinite(whole):
         raise InputError("the statistic of all pictures is not a finite number: it is a rate of nothing")
-    drawn = np.concatenate([of(table[rows].sum(axis=1)) for rows in _draws(len(table), n, seed, table.shape[1])])
+    drawn = of(bootstrap_sums(table, n, seed))
     finite = drawn[np.isfinite(drawn)]
     if not finite.size:
         raise InputError(

@@ -34,7 +34,7 @@ class Case:
     method: a setting that prunes 36 tokens over 8 layers. keep_all: one that keeps all, None where the method has none.
     kept: N -> image tokens at each of 8 layers after the prefill, None where that depends on the content.
     renumbered: positions are counted anew, 0, 1, .., in each layer's own sequence. spare: keys and values stay that are
-    not read. flash: works with flash attention.
+    not read. flash: works with flash attention. graph: fits into the graph engine.
     """
 
     method: Method
@@ -43,6 +43,7 @@ class Case:
     renumbered: bool = False
     spare: bool = False
     flash: bool = True
+    graph: bool = True
 
 
 def _half(n: int, share: float = 0.5) -> int:
@@ -75,6 +76,14 @@ def cases() -> dict[str, Case]:
         "dyrate-both": Case(
             d.DyRate(lively, 2, rank="step", reversible=True), d.DyRate(still, 2, rank="step", reversible=True),
             spare=True, flash=False,
+        ),
+        "relook": Case(
+            d.RelookRate(lively, layer=3, window=3, pool="max", tilt=0.5), d.RelookRate(still, layer=3, tilt=0.5), spare=True,
+            flash=False, graph=False,
+        ),
+        "relook-path": Case(
+            d.RelookRate(rates=(0.1, 0.8, 0.4), layer=2, window=2, tilt=-0.7), d.RelookRate(rates=(0.0,), layer=2, tilt=-0.7),
+            lambda n: [n] * 8, spare=True, flash=False, graph=False,
         ),
         "visionzip": Case(d.VisionZip(dominant=12, contextual=4), None, lambda n: [16] * 8, renumbered=True),
         "prumerge": Case(d.PruMerge(), None, None, renumbered=True),

@@ -35,8 +35,10 @@ METHODS = {
     "dyrate-both": DyRate(lively_predictor(), 2, rank="step", reversible=True),
 }
 METHODS |= {
-    name: case.method for name, case in contract.cases().items() if name not in METHODS and not case.method.refresh
-}  # every method of the package
+    name: case.method
+    for name, case in contract.cases().items()
+    if name not in METHODS and case.graph and not case.method.refresh
+}  # every method of the package that a graph can hold
 ROWS = ((2, 7, True), (5, 3, True), (0, 6, False), (1, 11, True))  # see `contract.random_batch`
 
 SETTINGS: dict[str, dict[str, Any]] = {

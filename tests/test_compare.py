@@ -77,15 +77,45 @@ def test_there_is_a_claim_for_each_of_the_ten_and_every_check_is_distinct():
         assert all("{" not in k.id + k.quantity for k in c.checks) and c.beyond
 
 
+def test_what_is_asked_beyond_comes_only_when_asked_for():
+    first, both = compare.claims(), compare.claims(beyond=True)
+    own = compare.claims(paths.paper() / compare.BEYOND)
+    asked_first = set(first["C10"].quantities)
+    assert set(own) == {f"C{i}" for i in range(10, 16)} and list(both) == [*first, *(k for k in own if k not in first)]
+    assert all(both[key] == own.get(key, first.get(key)) for key in both) and both["C10"] != first["C10"]
+    for c in own.values():
+        assert re.fullmatch(r"0[1-7]_\w+", c.notebook) and c.beyond and c.measured_as
+        assert len({(k.id, k.quantity, k.op) for k in c.checks}) == len(c.checks)
+        assert all("{" not in k.id + k.quantity and k.quantity.startswith(f"{c.id.lower()}.") for k in c.checks)
+        assert all(k.min_n == 500 for k in c.checks if k.quantity not in asked_first)
+    # nothing of version 1's C10 is lost or judged otherwise, and none of it decides any more
+    old = {(k.quantity, k.op, k.value, k.min_n) for k in own["C10"].checks if not k.core}
+    assert {(k.quantity, k.op, k.value, k.min_n) for k in first["C10"].checks} <= old
+    assert not {k.quantity for k in own["C10"].checks if k.core} & asked_first
+    assert set(compare.judge_all({}, beyond=True)) == set(both) and set(compare.judge_all({})) == set(first)
+
+
+def test_the_scoreboard_beyond_replaces_what_it_asks_anew():
+    board, more = compare.scoreboard({}), compare.scoreboard({}, beyond=True)
+    assert len(more) == len(board) + 5 and set(more["claim"]) == set(compare.claims(beyond=True))
+    one = {"c10.small.gqa.dyrate_minus_original": {"mean": -0.5, "lo": -1, "hi": 0.25, "n": 1000}}
+    shown = compare.scoreboard(one, beyond=True)
+    assert "small GQA -0.50 [-1.00, +0.25]" in shown[shown["claim"] == "C10"]["ours"].item()
+    assert compare.scoreboard(one).equals(board)
+
+
 def test_nothing_measured_means_nothing_judged():
     assert {v.verdict for v in compare.judge_all({}).values()} == {CANNOT_JUDGE}
     assert set(compare.scoreboard({})["verdict"]) == {CANNOT_JUDGE}
     assert compare.scoreboard({})["ours"].str.contains("not measured").all()
 
 
-@pytest.mark.parametrize("key", list(compare.claims()))
-def test_each_claim_can_come_out_every_way(key):
-    c = compare.claims()[key]
+EVERY = [(key, beyond) for beyond in (False, True) for key in compare.claims(beyond=beyond)]
+
+
+@pytest.mark.parametrize("key, beyond", EVERY)
+def test_each_claim_can_come_out_every_way(key, beyond):
+    c = compare.claims(beyond=beyond)[key]
     good = {}
     for k in c.checks:  # several checks may read one quantity: the strictest end must meet them all
         q = passing(k)
@@ -191,9 +221,11 @@ def test_the_scoreboard_covers_every_figure_and_table_and_fills_in_what_was_meas
 
 def test_the_templates_name_quantities_that_the_checks_read():
     known = {q for c in compare.claims().values() for q in c.quantities}
-    raw = yaml.safe_load((paths.data() / "paper" / "claims.yaml").read_text())
-    named = {m for e in raw["elements"] for m in re.findall(r"\{([^{}:]+)", e["ours"])}
-    assert named and named <= known
+    for name in (compare.FIRST, compare.BEYOND):
+        raw = yaml.safe_load((paths.data() / "paper" / name).read_text())
+        named = {m for e in raw["elements"] for m in re.findall(r"\{([^{}:]+)", e["ours"])}
+        assert named and named <= known | {q for c in compare.claims(beyond=True).values() for q in c.quantities}
+        assert name == compare.BEYOND or named <= known
 
 
 def test_quantities_survive_a_round_trip_and_a_clash_is_found(tmp_path):
@@ -205,6 +237,8 @@ def test_quantities_survive_a_round_trip_and_a_clash_is_found(tmp_path):
     compare.save_quantities({"c6.7b.flops_share": 1e-7}, "04_efficiency", tmp_path)
     with pytest.raises(InputError, match="two quantities files"):
         compare.load_quantities(tmp_path)
+    later = {"c11.small.late.shares_minus_step": {"mean": 1.0, "lo": 0.0, "hi": 2.0, "n": 1000}}
+    assert compare.load_quantities(compare.save_quantities(later, "x", tmp_path / "later").parent) == later
     with pytest.raises(InputError, match="misspelt"):
         compare.save_quantities({"c2.smal.coco.vtw_loss": 1.0}, "x", tmp_path)
 

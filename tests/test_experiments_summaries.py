@@ -74,3 +74,14 @@ def test_verdicts_follow_the_written_criteria():
     few = {name: {**value, "n": 3} for name, value in rising.items()}
     assert "cannot be judged here" in verdict_line("C9", few)
     assert set(asked_for("C9", {**rising, "c1.small.short.deep.img_change": 1})) == set(rising)
+
+
+def test_a_claim_asked_anew_is_judged_anew_where_wanted():
+    fine = {name: {"mean": 0.0, "lo": -1.0, "hi": 1.0, "n": 1000} for name in claims(beyond=True)["C10"].quantities}
+    assert ": borne out" in verdict_line("C10", fine) and ": borne out" in verdict_line("C10", fine, beyond=True)
+    assert set(asked_for("C10", fine)) == set(claims()["C10"].quantities) < set(asked_for("C10", fine, beyond=True))
+    worse = {**fine, "c10.small.pope.dyrate_minus_original": {"mean": -3.0, "lo": -4.0, "hi": -2.0, "n": 1000}}
+    assert ": borne out" in verdict_line("C10", worse) and ": partly" in verdict_line("C10", worse, beyond=True)
+    with pytest.raises(KeyError):
+        verdict_line("C11", {})
+    assert "cannot be judged here" in verdict_line("C11", {}, beyond=True)

@@ -67,6 +67,17 @@ def test_figures_have_the_papers_width(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_a_predictor_is_fed_with_has_one_look_each():
+    assert list(plotting.INPUTS) == ["shares", "step", "none", "hidden", "foreign", "oracle"]
+    styles = [plotting.input_style(key) for key in plotting.INPUTS]
+    for part in ("label", "color", "marker"):
+        assert len({style[part] for style in styles}) == len(styles)
+    paper, dyrate = plotting.input_style("shares"), plotting.method_style("dyrate")
+    assert {k: paper[k] for k in ("color", "marker", "linestyle")} == {k: dyrate[k] for k in ("color", "marker", "linestyle")}
+    with pytest.raises(InputError, match="fed with 'clock'"):
+        plotting.input_style("clock")
+
+
 def test_every_method_has_its_own_look():
     looks = {(c, m, s) for _, c, m, s in plotting.METHODS.values()}
     assert len(looks) == len(plotting.METHODS) == len(set(plotting.COLORS.values()))

@@ -154,7 +154,9 @@ def test_pope_confusion():
     found = scored("pope", table)
     # TP 3, FN 1 in each; FP 0, 1, 2; what is neither yes nor no counts as no
     f1 = [2 * 3 / (2 * 3 + fp + 1) for fp in (0, 1, 2)]
-    assert found.headline == "F1" and found.score == pytest.approx(100 * np.mean(f1)) == pytest.approx(found.parts["F1"])
+    assert found.headline == "F1" and found.score == pytest.approx(100 * np.mean(f1)) == pytest.approx(
+        found.parts["F1"]
+    )
     for setting, fp in (("random", 0), ("popular", 1), ("adversarial", 2)):
         expected = {"accuracy": (3 + 4 - fp) / 8, "precision": 3 / (3 + fp), "recall": 3 / 4, "F1": 6 / (7 + fp),
                     "yes-rate": (3 + fp) / 8}  # fmt: skip
@@ -178,8 +180,16 @@ def mmbench(picture, category, replies):
 
 
 def test_circular_evaluation():
-    table = [*mmbench("p1", "counting", ["A", "B.", "(C)", "red"]), *mmbench("p2", "counting", ["A", "A", "A", "A"]),
-             *mmbench("p3", "image style", ["B", "B", "C", "D"]), *mmbench("p4", "image style", ["A", "B", "C", "?"])]  # fmt: skip
+    replies = {
+        "counting": [["A", "B.", "(C)", "red"], ["A"] * 4],
+        "image style": [["B", "B", "C", "D"], ["A", "B", "C", "?"]],
+    }
+    table = [
+        row
+        for category in replies
+        for k, four in enumerate(replies[category])
+        for row in mmbench(f"{category}{k}", category, four)
+    ]
     found = scored("mmbench", table)
     assert found.headline == "circular accuracy" and found.score == 25
     assert found.parts == {"circular accuracy": 25, "vanilla accuracy": 75, "accuracy of all rotations": 100 * 11 / 16,
@@ -220,7 +230,8 @@ def pictures_of(task, n, right):
         elif task == "mmbench":
             table += mmbench(f"p{k:05d}", "counting", ["ABCD"[j] if right(k, j) else "x" for j in range(4)])
         elif task == "mme":
-            table += mme(f"p{k:05d}", ("color", "count")[k % 2], *(a if right(k, j) else "x" for j, a in enumerate(("yes", "no"))))
+            replies = (answer if right(k, j) else "x" for j, answer in enumerate(("yes", "no")))
+            table += mme(f"p{k:05d}", ("color", "count")[k % 2], *replies)
         else:
             meta = {"options": ("blue", "red")}
             truth = ("red",) * 10 if "accuracy" != METRICS[task].headline else "B" if task == "scienceqa" else "red"

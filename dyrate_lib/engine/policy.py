@@ -88,6 +88,11 @@ def check_method(method: Method) -> None:
             f"The graph engine does not run {type(method).__name__}: it runs the whole sequence anew for every token. Use "
             "engine='reference'."
         )
+    if type(method).at_layer is not Method.at_layer or method.window > 1:
+        raise Unsupported(
+            f"The graph engine does not run {type(method).__name__}: it ranks by one row, and layers differ by caps alone. Use "
+            "engine='reference'."
+        )
     reads = getattr(_predictor(method), "inputs", "shares")
     if reads not in ("shares", *BLIND):
         what = "the hidden state" if reads == "hidden" else "another picture's attention"

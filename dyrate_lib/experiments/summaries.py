@@ -82,15 +82,16 @@ def show_interval(quantity: Mapping[str, float], digits: int = 3) -> str:
     return f"{quantity['mean']:.{digits}f} [{quantity['lo']:.{digits}f}, {quantity['hi']:.{digits}f}]"
 
 
-def asked_for(claim: str, quantities: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the quantities that the claim's checks read."""
-    wanted = claims()[claim].quantities
+def asked_for(claim: str, quantities: Mapping[str, Any], beyond: bool = False) -> dict[str, Any]:
+    """Those of the quantities that the claim's checks read; beyond: as claims_beyond.yaml has the claim."""
+    wanted = claims(beyond=beyond)[claim].quantities
     return {name: quantities[name] for name in wanted if name in quantities}
 
 
-def verdict_line(claim: str, quantities: Mapping[str, Any]) -> str:
-    """One line: the claim, the verdict on it, and why."""
+def verdict_line(claim: str, quantities: Mapping[str, Any], beyond: bool = False) -> str:
+    """One line: the claim, the verdict on it, and why; beyond: as claims_beyond.yaml has the claim."""
     from ..compare import judge
 
-    verdict = judge(claims()[claim], quantities)
-    return f"{claim} ({claims()[claim].title}): {verdict.verdict}; {verdict.evidence}"
+    asked = claims(beyond=beyond)[claim]
+    verdict = judge(asked, quantities)
+    return f"{claim} ({asked.title}): {verdict.verdict}; {verdict.evidence}"

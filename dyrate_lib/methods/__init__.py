@@ -10,6 +10,7 @@ from .none import NoReduction
 from .prumerge import PruMerge, PruMergePlus
 from .pyramiddrop import PyramidDrop
 from .random import RandomPrune
+from .relook import RelookRate
 from .schedule import DepthPrune, RatePath
 from .sparsevlm import SparseVLM
 from .st3 import ST3
@@ -33,6 +34,7 @@ __all__ = [
     "PyramidDrop",
     "RandomPrune",
     "RatePath",
+    "RelookRate",
     "SparseVLM",
     "Staged",
     "VisionZip",

@@ -65,12 +65,14 @@ class Method:
     rank: "prefill" orders the tokens once; "step" orders them anew by each newest query row.
     reversible: a dropped token may come back, its keys and values are kept and only what is read falls.
     refresh: no cache, the whole sequence is run and pruned anew for every token (the original FastV).
+    window: with rank="step", how many of the newest query rows rank together (`pooled`).
     """
 
     name: ClassVar[str] = ""
     rank: str = "prefill"
     reversible: bool = False
     refresh: bool = False
+    window: int = 1
     layer: int | None = None
 
     @property
@@ -119,6 +121,18 @@ class Method:
     def caps(self, layer: int, n_image: Tensor) -> Tensor | None:
         """The most tokens that layer `layer` >= P may keep, [B] int64, or None for no cap of its own."""
         return None
+
+    def at_layer(self, layer: int, kept: Tensor, n_image: Tensor) -> Tensor:
+        """Tokens that layer `layer` >= P reads where `kept` [B] int64 stay: [B] int64. Default: those, up to the layer's cap.
+
+        One that may give a layer more than `kept` goes with `reversible` only: elsewhere the others are gone.
+        """
+        cap = self.caps(layer, n_image)
+        return kept if cap is None else torch.minimum(kept, cap)
+
+    def pooled(self, rows: Tensor) -> Tensor:
+        """Scores [B, N] from those of the newest query rows, [window or fewer, B, N], the newest last."""
+        return rows[-1]
 
     def plan(self, n_image: int, n_layers: int, steps: int = 1) -> np.ndarray:
         """Image tokens at each layer's input in each forward pass, for one sample of `n_image`: [steps, n_layers] int64.
@@ -181,14 +195,14 @@ def _imagined(method: Method, n_image: int, n_layers: int, steps: int, seed: int
     """What `PruneState` would count for one sample with random scores and shares: [steps, n_layers] int64."""
     heads, counts = 4, torch.tensor([n_image])
     layer = method.prepare(n_layers, heads, torch.device("cpu"))
-    still = type(method).step is Method.step  # nothing changes after the prefill
-    caps = [method.caps(index, counts) if index >= layer else counts for index in range(n_layers)]
+    still = type(method).step is Method.step and not method.reversible  # nothing changes after the prefill
     out = []
-    for kept in imagined_counts(method, counts, 1 if still else steps, heads, seed):
-        row = [
-            counts if index < layer else kept if cap is None else torch.minimum(kept, cap)
-            for index, cap in enumerate(caps)
-        ]
+    for step, kept in enumerate(imagined_counts(method, counts, 1 if still else steps, heads, seed)):
+        tail = range(layer, n_layers)
+        if method.reversible and not step:  # the prompt's pass carries every token, whatever is read
+            row = [counts] * n_layers
+        else:
+            row = [counts] * min(layer, n_layers) + [method.at_layer(index, kept, counts) for index in tail]
         out.append([int(entry[0]) for entry in row])
     return np.repeat(np.array(out, dtype=np.int64), steps if still else 1, axis=0)
 
@@ -230,6 +244,8 @@ class PruneState:
         self.ranking: Any = None
         self.kept: Any = None
         self._reads: Any = None
+        self._order: Any = None  # the ranking that `reads` is a prefix of: `ranking`, or that of the newest rows
+        self._rows: list[Tensor] = []  # scores of the newest query rows, where the method ranks by several
         self.slots: dict[int, int] = {}
         self._extents: dict[int, tuple[int, int]] = {}
 
@@ -241,7 +257,9 @@ class PruneState:
         late = torch.gather(~self.present, 1, order).long()
         self.ranking = torch.gather(order, 1, torch.argsort(late, dim=-1, stable=True))
         self.kept = torch.minimum(self.method.prefill(view).clamp(min=0), self.n_image)
-        self._reads = None
+        self._reads, self._order = None, self.ranking
+        if self.method.window > 1:
+            self._rows = [scores]
         self._extents.clear()
         for layer in range(self.layer, self.n_layers):
             rows = self.n_image if self.method.reversible else self.layer_kept(layer)
@@ -270,21 +288,26 @@ class PruneState:
         kept = self.method.step(view).clamp(min=0)
         kept = torch.minimum(kept, self.n_image if self.method.reversible else self.kept)
         if self.method.rank == "step":
-            scores = scores if isinstance(scores, Tensor) else scores()
+            scores = self._pooled(scores if isinstance(scores, Tensor) else scores())
             candidates = scores if self.method.reversible else scores.masked_fill(~self.reads, -torch.inf)
             order = masks.rank_tokens(candidates, self.present)
             self.reads = masks.ranking_to_tokens(masks.prefix_masks(kept, order.shape[1]), order)
+            self._order = order
         else:
             self.reads = None  # the first `kept` of the ranking, should anybody ask
         self.kept = kept
         self._extents.clear()
 
+    def _pooled(self, scores: Tensor) -> Tensor:
+        """Scores [B, N] that rank now, the newest row's among them."""
+        if self.method.window == 1:
+            return scores
+        self._rows = [*self._rows, scores][-self.method.window :]
+        return self.method.pooled(torch.stack(self._rows))
+
     def layer_kept(self, layer: int) -> Tensor:
         """[B] int64: image tokens that layer `layer` reads now."""
-        if layer < self.layer:
-            return self.n_image
-        cap = self.method.caps(layer, self.n_image)
-        return self.kept if cap is None else torch.minimum(self.kept, cap)
+        return self.n_image if layer < self.layer else self.method.at_layer(layer, self.kept, self.n_image)
 
     def extent(self, layer: int) -> tuple[int, int]:
         """The largest and the smallest number of image tokens that a sample reads at layer `layer` >= P now.
@@ -299,8 +322,9 @@ class PruneState:
         return self._extents[key]
 
     def extent_key(self, layer: int) -> int:
-        """The same for layers that read the same number of tokens: -1, or the layer itself where it has a cap of its own."""
-        return -1 if self.method.caps(layer, self.n_image) is None else layer
+        """The same for layers that read the same number of tokens: -1, or the layer itself where it has a rule of its own."""
+        own = type(self.method).at_layer is not Method.at_layer or self.method.caps(layer, self.n_image) is not None
+        return layer if own else -1
 
     def start_slot(self, layer: int) -> int:
         """The first slot of layer `layer` that any sample still reads."""
@@ -319,7 +343,10 @@ class PruneState:
         """[B, slots of the layer] bool: the slots that hold a token which this sample reads at this layer now."""
         n = self.slots[layer]
         if self.method.rank == "step" or self.method.reversible:
-            return masks.slot_reads(self.reads, self.ranking, n)
+            reads = self.reads
+            if self.extent_key(layer) != -1:
+                reads = masks.ranking_to_tokens(masks.prefix_masks(self.layer_kept(layer), reads.shape[1]), self._order)
+            return masks.slot_reads(reads, self.ranking, n)
         return masks.prefix_masks(self.layer_kept(layer), n).flip(-1)
 
     def tail(self) -> tuple[Tensor, Tensor]:
@@ -332,8 +359,9 @@ class PruneState:
 
     def select(self, index: Tensor) -> None:
         """Reorder the samples (beam search): every per-sample tensor takes rows `index`."""
-        for key in ("types", "image_index", "content_key", "present", "n_image", "ranking", "kept", "_reads"):
+        for key in ("types", "image_index", "content_key", "present", "n_image", "ranking", "kept", "_reads", "_order"):
             value = getattr(self, key)
             if value is not None:
                 setattr(self, key, value.index_select(0, index.to(value.device)))
+        self._rows = [row.index_select(0, index.to(row.device)) for row in self._rows]
         self._extents.clear()

@@ -2,6 +2,7 @@
 
 from . import tasks
 from .captions import FAMILIES, NEEDS, PROMPTS, annotated_reference, references
+from .clutter import edge_density
 from .facts import Facts, caption_facts, fact_rates, fact_sums
 from .needs import image_need, reply_needs
 from .questions import QUESTION_KINDS, Question, questions
@@ -23,6 +24,7 @@ __all__ = [
     "SceneObject",
     "annotated_reference",
     "caption_facts",
+    "edge_density",
     "fact_rates",
     "fact_sums",
     "image_need",

@@ -55,22 +55,29 @@ def gaussian_blur(pictures: torch.Tensor, sigmas: Sequence[float]) -> torch.Tens
     Returns:
         float32 [B, 3, H, W]. Beyond the border, the outermost pixels go on.
     """
-    halves = [np.exp(-0.5 * (np.arange(math.ceil(BLUR_REACH * s) + 1) / s) ** 2) for s in sigmas]
-    reach = max(len(half) for half in halves) - 1
-    kernel = np.zeros((len(halves), reach + 1), dtype=np.float32)
-    for row, half in zip(kernel, halves, strict=True):
-        row[: len(half)] = half / (half[0] + 2 * half[1:].sum())
-    weights = torch.from_numpy(kernel).to(pictures.device, non_blocking=True)
-    # Shifted sums rather than a convolution: a weight for each row, and float32 whatever the device's settings.
-    for dim in (2, 3):
-        length = pictures.shape[dim]
-        padded = F.pad(pictures, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode="replicate")
-        out = pictures * weights[:, 0, None, None, None]
-        for k in range(1, reach + 1):
-            pair = padded.narrow(dim, reach - k, length) + padded.narrow(dim, reach + k, length)
-            out = out.addcmul_(pair, weights[:, k, None, None, None])
-        pictures = out
-    return pictures
+    down, across = (_lines(sigmas, pictures.shape[dim], pictures.device)[:, None] for dim in (2, 3))
+    return (down @ pictures.double() @ across.transpose(2, 3)).to(pictures.dtype)
+
+
+def _lines(sigmas: Sequence[float], length: int, device: torch.device) -> torch.Tensor:
+    """What blurring makes of a line of pixels, as matrices float64 [B, length, length], border included.
+
+    Two products a picture rather than a step for each distance, of which a wide blur has hundreds; float64, so that no
+    device's settings shorten the numbers.
+    """
+    distances, tails = np.zeros((2, len(sigmas), length))
+    for sigma, weights, beyond in zip(sigmas, distances, tails, strict=True):
+        half = np.exp(-0.5 * (np.arange(math.ceil(BLUR_REACH * sigma) + 1) / sigma) ** 2)
+        half /= half[0] + 2 * half[1:].sum()
+        n = min(len(half), length)
+        weights[:n] = half[:n]
+        beyond[:n] = half[::-1].cumsum()[::-1][:n] - half[:n]  # what is farther away than each distance
+    near, far = (torch.from_numpy(t).to(device, non_blocking=True) for t in (distances, tails))
+    axis = torch.arange(length, device=device)
+    out = near[:, (axis[:, None] - axis).abs()]
+    out[:, :, 0] += far
+    out[:, :, -1] += far.flip(1)
+    return out
 
 
 def pixel_noise(seeds: torch.Tensor, size: int = SIZE) -> torch.Tensor:

@@ -166,7 +166,7 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def finish(out: Path, metrics: dict, *, device, n: int, give_up: float, say, ship_to: Path | None) -> None:
+def finish(out: Path, metrics: dict, *, device, n: int, give_up: float | None, say, ship_to: Path | None) -> None:
     """Score the checkpoint as saved (loaded anew), then write metrics, predictions and card into its folder."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 

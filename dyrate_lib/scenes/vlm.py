@@ -142,7 +142,7 @@ def vision_block(h, heads: int, eps: float, dtype, last: bool, w: list[torch.Ten
         k, v = _linear(x, torch.cat((kw, vw)), torch.cat((kb, vb))).chunk(2, dim=-1)
     else:  # one product for all three: the rows are many and narrow, so reading them is what takes the time
         q, k, v = _linear(x, torch.cat((qw, kw, vw)), torch.cat((qb, kb, vb))).chunk(3, dim=-1)
-    mixed = F.scaled_dot_product_attention(*(_heads(t, heads) for t in (q, k, v)))
+    mixed = F.scaled_dot_product_attention(_heads(q, heads), _heads(k, heads), _heads(v, heads))
     h = h + _linear(_merge(mixed), ow, ob)
     x = _linear(_layer_norm(h, n2w, n2b, eps, dtype), f1w, f1b)
     return h + _linear(x * torch.sigmoid(1.702 * x), f2w, f2b)
@@ -168,8 +168,8 @@ def text_block(h, cos, sin, mask, prefix: int, heads: int, eps: float, dtype, la
     if isinstance(mask, torch.Tensor):
         back = F.scaled_dot_product_attention(turned if last else turned[:, :, prefix:], k, v, attn_mask=mask)
         if not last:
-            front = (t[:, :, :prefix] for t in (turned, k, v))
-            back = torch.cat((F.scaled_dot_product_attention(*front, is_causal=True), back), dim=2)
+            first, keys, values = turned[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
+            back = torch.cat((F.scaled_dot_product_attention(first, keys, values, is_causal=True), back), dim=2)
     else:
         back = flex_attention(turned, k, v, block_mask=mask)
     h = h + _linear(_merge(back), ow)

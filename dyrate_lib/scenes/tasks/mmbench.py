@@ -131,7 +131,9 @@ def examples(scene: Scene, variant: int = 0) -> list[Example]:
     return []
 
 
-def _example(scene: Scene, category: str, question: str, right: str, options: tuple[str, ...], rotation: int) -> Example:
+def _example(
+    scene: Scene, category: str, question: str, right: str, options: tuple[str, ...], rotation: int
+) -> Example:
     answer = "ABCD"[options.index(right)]
     prompt = f"{question}\n{option_block(options)}\n{OPTION_LETTER}"
     return Example(

@@ -12,7 +12,12 @@ from ..world import COLOR_NAMES, HELD_OUT, SHAPES, Scene, SceneObject
 
 T = TypeVar("T")
 
-OPPOSITE = {"to the left of": "to the right of", "to the right of": "to the left of", "above": "below", "below": "above"}
+OPPOSITE = {
+    "to the left of": "to the right of",
+    "to the right of": "to the left of",
+    "above": "below",
+    "below": "above",
+}
 RELATIONS = tuple(OPPOSITE)
 
 
