@@ -21,6 +21,7 @@ from .summaries import Quantity, show_interval
 
 ALPHA = 0.05
 SHOWN = ("fastv-3", "fastv-2", "vtw", "random", "dyrate", "fixed")  # of the figure
+LINEAR = 5.0  # %, points: up to there the figure's axes are linear, beyond logarithmic
 SHORT = {"flickr30k": "flickr30k (narrative)", "coco": "coco (short)", "nocaps": "nocaps (short)", "late": "late"}
 
 
@@ -133,7 +134,7 @@ def hidden_figure(study: Study) -> Figure | None:
     if not len(table):
         return None
     fig, axes = plt.subplots(
-        len(keys), len(study.roles), figsize=(WIDTH_PAGE, 1.75 * len(keys) + 0.6), squeeze=False, sharey="row"
+        len(keys), len(study.roles), figsize=(WIDTH_PAGE, 1.75 * len(keys) + 0.6), squeeze=False, sharey=True
     )
     styles: dict[str, Row] = {}
     for i, key in enumerate(keys):
@@ -147,6 +148,11 @@ def hidden_figure(study: Study) -> Figure | None:
                     styles.setdefault(row.key, row)
                     for name in FACTS:
                         _point(ax, line, name, row.style, hollow=name == "omission")
+            ax.set_xscale("symlog", linthresh=LINEAR)
+            ax.set_yscale("symlog", linthresh=LINEAR)
+            ax.set_xticks(*_ticks(*ax.get_xlim()))
+            ax.set_yticks(*_ticks(*ax.get_ylim()))
+            ax.minorticks_off()
             if i == 0:
                 ax.set_title(SHORT[role])
             if i == len(keys) - 1:
@@ -160,6 +166,12 @@ def hidden_figure(study: Study) -> Figure | None:
         handles.append(Line2D([], [], color=BLACK, marker="o", markerfacecolor=face, linestyle="none", label=label))
     fig.legend(handles=handles, loc="outside lower center", ncols=4)
     return fig
+
+
+def _ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Places and labels of ticks of an axis that is linear around 0 and logarithmic beyond."""
+    places = [float(sign * x) for sign in (-1, 1) for x in (LINEAR, 20, 100) if low <= sign * x <= high]
+    return sorted([0.0, *places]), [f"{x:g}" for x in sorted([0.0, *places])]
 
 
 def _point(ax: Any, line: dict[str, Any], name: str, style: str, hollow: bool) -> None:

@@ -6,6 +6,7 @@ their paired differences to the unpruned model. Replies of several predictor see
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from .context import Record, Study
 from .summaries import Quantity
 
 FAMILIES = {"coco": "short", "nocaps": "short", "flickr30k": "narrative", "late": "late"}
+FIELDS = [field.name for field in dataclasses.fields(Facts)]
 FLIPS = 9999
 
 
@@ -63,25 +65,21 @@ def models(study: Study) -> tuple[str, ...]:
     return study.keys if study.on_scenes else ()
 
 
-def facts(study: Study, cell: Record, role: str) -> list[Facts]:
-    """What each caption of a record says right and wrong, in the order of the pictures' ids."""
-    scenes = remembered(study, ("scenes", role), lambda: {item.id: item.meta["scene"] for item in study.dataset(role)})
+def scored(study: Study, cell: Record, role: str) -> dict[str, np.ndarray]:
+    """What each picture's caption adds to the measures: bleu [n, 10] and rouge [n] of `caption_sums`, facts [n, `FIELDS`].
 
-    def of(name: str, text: str) -> Facts:  # methods that leave a reply as it is share its reading
-        return remembered(study, ("facts", role, name, text), lambda: caption_facts(text, scenes[name], FAMILIES[role]))
-
-    return [of(name, text) for name, text in sorted((entry["id"], entry["text"]) for entry in cell["payload"])]
-
-
-def word_sums(study: Study, cell: Record, role: str) -> dict[str, np.ndarray]:
-    """bleu [n, 10] and rouge [n] of `caption_sums`. Kept in the store of scores, so Java is needed the first time only."""
+    Pictures are in the order of their ids. Kept in the store of scores, so Java is needed the first time only.
+    """
 
     def fn() -> dict[str, Any]:
         said = {entry["id"]: entry["text"] for entry in cell["payload"]}
-        return caption_sums(said, study.dataset(role, len(said)).references())
+        data = study.dataset(role, len(said))
+        truth = {item.id: item.meta["scene"] for item in data}
+        found = [dataclasses.astuple(caption_facts(said[name], truth[name], FAMILIES[role])) for name in sorted(said)]
+        return {**caption_sums(said, data.references()), "facts": found}
 
-    payload = study.of_replies("caption_sums", cell, role, fn)["payload"]
-    return {name: np.asarray(payload[name], dtype=np.float64) for name in ("bleu", "rouge")}
+    payload = study.of_replies("caption_facts", cell, role, fn, family=FAMILIES[role], fields=FIELDS)["payload"]
+    return {name: np.asarray(payload[name], dtype=np.float64) for name in ("bleu", "rouge", "facts")}
 
 
 def sums(study: Study, row: Row, role: str, measure: str) -> np.ndarray:
@@ -94,12 +92,13 @@ def _sums(study: Study, row: Row, role: str, measure: str) -> np.ndarray:
         values = cider(study, row, role)
         return np.stack([values, np.ones_like(values)], axis=1)
     if measure in WORDS:
-        found = [word_sums(study, cell, role) for cell in row.cells]
+        found = [scored(study, cell, role) for cell in row.cells]
         if measure == "bleu4":
             return np.mean([entry["bleu"] for entry in found], axis=0)
         values = np.mean([entry["rouge"] for entry in found], axis=0)
         return np.stack([values, np.ones_like(values)], axis=1)
-    return np.mean([fact_sums(facts(study, cell, role), measure) for cell in row.cells], axis=0)
+    facts = [[Facts(*counts) for counts in scored(study, cell, role)["facts"].astype(int).tolist()] for cell in row.cells]
+    return np.mean([fact_sums(some, measure) for some in facts], axis=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers

@@ -129,10 +129,13 @@ class StudyCells:
         found = self._once(["scores", config], lambda: get_or_run("scores", config, fn, store=self.scores_store))
         return _as_scores(found["payload"])
 
-    def of_replies(self, name: str, record: Record, role: str, fn: Callable[[], Any]) -> Record:
-        """What `fn()` makes of the replies in a record of captions, kept in the store of scores under `name`."""
+    def of_replies(self, name: str, record: Record, role: str, fn: Callable[[], Any], **settings: Any) -> Record:
+        """What `fn()` makes of the replies in a record of captions, kept in the store of scores under `name`.
+
+        settings: what the result depends on besides, as JSON values.
+        """
         said = {entry["id"]: entry["text"] for entry in record["payload"]}
-        config = {"predictions": _digest(said), "data": self.dataset(role, len(said)).identity}
+        config = {"predictions": _digest(said), "data": self.dataset(role, len(said)).identity, **settings}
         return self._once([name, config], lambda: get_or_run(name, config, fn, store=self.scores_store))
 
     def _replies(self) -> list[str]:
