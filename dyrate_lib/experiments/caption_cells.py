@@ -65,7 +65,8 @@ def _equal(study: Study, key: str, role: str) -> list[Job]:
 
     whole = [_job(study, key, f"{role}/equal/{r.key}", partial(rival, r.key)) for r in RIVALS]
     rest = _job(study, key, f"{role}/equal", lambda: _cells(equal_rows(study, key, role)))
-    return [*whole, rest, _job(study, key, f"{role}/positions", lambda: _cells(position_rows(study, key, role)))]
+    kept = _job(study, key, f"{role}/positions", lambda: _cells(position_rows(study, key, role)))
+    return [*whole, rest, *([kept] if role in equal_budget.curve_roles(study) else [])]
 
 
 def _questions(study: Study, key: str) -> list[Job]:

@@ -206,7 +206,7 @@ def front_figure(study: Study, convention: str) -> Figure:
             handles.setdefault("Original", ax.axhline(base.CIDEr, color="#000000", linewidth=0.8))
             for name, lines in some[some.key != "original"].groupby("key", sort=False):
                 style = BY_KEY[name].style if name in BY_KEY else str(name)
-                drawn = lines.rename(columns={"CIDEr": "quality"}).sort_values(cost)
+                drawn = lines.rename(columns={"CIDEr": "quality"}).sort_values("asked %")
                 handle = _draw(ax, drawn.assign(**{"FLOPs % (paper)": drawn[cost]}), style)
                 handles.setdefault(_name(str(name)).split(" (")[0], handle)
             best = some[(some[f"standing ({convention})"] == ON) & (some.key != "original")]

@@ -13,11 +13,9 @@ from . import front_predictors
 from .benchmarks import Row, remembered
 from .context import Record, Study
 from .equal_budget import BY_KEY, RIVALS, SMOKE, Point, Rival, equal_n, fit, part, reaches
-from .front_predictors import ensure, targets
+from .front_predictors import FAMILIES, ensure, targets
 from .sharing import Job, work_off
 from .training_runs import BUDGET
-
-ROLES = ("coco", "flickr30k", "late")
 
 
 def models(study: Study) -> tuple[str, ...]:
@@ -27,7 +25,7 @@ def models(study: Study) -> tuple[str, ...]:
 
 def roles(study: Study) -> tuple[str, ...]:
     """Short, narrative and late captions; at smoke scale, and of published data, what there is of the first."""
-    return ROLES if study.scale.name == "full" and study.on_scenes else study.roles[:1]
+    return FAMILIES if study.scale.name == "full" and study.on_scenes else study.roles[:1]
 
 
 def levels(study: Study, role: str) -> tuple[float, ...]:
