@@ -102,5 +102,3 @@ def compute(study: Study, models: Sequence[str] | None = None) -> list[Record]:
 def quantities(study: Study) -> dict[str, Any]:
     """C2, C3 and version 1's C10, as `benchmarks`."""
     return benchmarks.quantities(study)
-
-

@@ -159,7 +159,14 @@ def hidden_figure(study: Study) -> Figure | None:
                 ax.set_xlabel("CIDEr, change in %")
         axes[i, 0].set_ylabel(f"{study.label(key).split(' (')[0]}\nchange, points")
     handles = [
-        Line2D([], [], color=METHODS[row.style][1], marker=METHODS[row.style][2], linestyle="none", label=METHODS[row.style][0])
+        Line2D(
+            [],
+            [],
+            color=METHODS[row.style][1],
+            marker=METHODS[row.style][2],
+            linestyle="none",
+            label=METHODS[row.style][0],
+        )
         for row in styles.values()
     ]
     for face, label in ((BLACK, "hallucinated objects"), ("white", "omitted objects")):

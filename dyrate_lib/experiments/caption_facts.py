@@ -97,7 +97,9 @@ def _sums(study: Study, row: Row, role: str, measure: str) -> np.ndarray:
             return np.mean([entry["bleu"] for entry in found], axis=0)
         values = np.mean([entry["rouge"] for entry in found], axis=0)
         return np.stack([values, np.ones_like(values)], axis=1)
-    facts = [[Facts(*counts) for counts in scored(study, cell, role)["facts"].astype(int).tolist()] for cell in row.cells]
+    facts = [
+        [Facts(*counts) for counts in scored(study, cell, role)["facts"].astype(int).tolist()] for cell in row.cells
+    ]
     return np.mean([fact_sums(some, measure) for some in facts], axis=0)
 
 

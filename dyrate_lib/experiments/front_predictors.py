@@ -101,18 +101,20 @@ def budget_table(study: Study) -> pd.DataFrame:
         for target in sorted(study.scale.front_targets):
             out_of_reach = f"out of reach: from {100 * lowest:.1f} to {100 * highest:.0f} %" if target < lowest else ""
             for seed in seeds(study, target) if target in there else ():
-                found = mean_with_interval(ratios(schedule(study, key, target, seed)), study.scale.bootstrap, study.seed)
+                found = mean_with_interval(
+                    ratios(schedule(study, key, target, seed)), study.scale.bootstrap, study.seed
+                )
                 error = found["mean"] / target - 1
                 shown = show_interval({name: 100 * found[name] for name in ("mean", "lo", "hi")}, 1)
                 rows.append(
-                    {"model": study.label(key), "asked %": 100 * target, "seed": seed, "reached % [95%]": shown,
+                    {"model": study.label(key), "asked %": round(100 * target, 6), "seed": seed, "reached % [95%]": shown,
                      "error, points": 100 * (found["mean"] - target), "error %": 100 * error,
                      "met to 2 %": "yes" if abs(error) <= MET else out_of_reach or "no", "n": found["n"]}
                 )  # fmt: skip
             if target not in there:
                 nothing = float("nan")
                 rows.append(
-                    {"model": study.label(key), "asked %": 100 * target, "seed": None, "reached % [95%]": "not trained",
+                    {"model": study.label(key), "asked %": round(100 * target, 6), "seed": None, "reached % [95%]": "not trained",
                      "error, points": nothing, "error %": nothing, "met to 2 %": out_of_reach, "n": 0}
                 )  # fmt: skip
     return pd.DataFrame(rows)
@@ -126,10 +128,12 @@ def budget_findings(study: Study) -> str:
         some = table[(table.model == study.label(key)) & table["error %"].notna()]
         there = some[some["asked %"] >= lowest]
         worst = there.loc[there["error %"].abs().idxmax()]
-        out = sorted({f"{t:g}" for t in table[(table.model == study.label(key)) & (table["asked %"] < lowest)]["asked %"]})
+        out = sorted(
+            {f"{t:g}" for t in table[(table.model == study.label(key)) & (table["asked %"] < lowest)]["asked %"]}
+        )
         lines.append(
-            f"{study.label(key)}: {(there['met to 2 %'] == 'yes').sum()} of {len(there)} predictors meet their budget to 2 %; the "
-            f"worst is off by {worst['error %']:+.1f} %, asked for {worst['asked %']:g} %. Out of reach, which begins at "
+            f"{study.label(key)}: {(there['met to 2 %'] == 'yes').sum()} of {len(there)} predictors meet their budget to 2 %; "
+            f"the worst is off by {worst['error %']:+.1f} %, asked for {worst['asked %']:g} %. Out of reach, which begins at "
             f"{lowest:.1f} %: {', '.join(out) or 'none'}"
         )
     return "\n".join(lines)

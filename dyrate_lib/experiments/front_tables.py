@@ -91,7 +91,7 @@ def _lines(study: Study) -> list[dict[str, Any]]:
                 cost = {convention: spent(point, convention) for convention in CONVENTIONS}
                 out.append(
                     {"model": study.label(key), "set": role, "method": point.row.label, "key": point.key,
-                     "asked %": 100 * point.level, **{f"FLOPs % ({name})": 100 * value for name, value in cost.items()},
+                     "asked %": round(100 * point.level, 6), **{f"FLOPs % ({name})": 100 * value for name, value in cost.items()},
                      "off by %": 100 * (cost["paper"] / point.level - 1),
                      "CIDEr": found["mean"], "lo": found["lo"], "hi": found["hi"],
                      **{f"standing ({name})": place[name][label(point)] for name in CONVENTIONS},
@@ -210,7 +210,9 @@ def front_figure(study: Study, convention: str) -> Figure:
                 handle = _draw(ax, drawn.assign(**{"FLOPs % (paper)": drawn[cost]}), style)
                 handles.setdefault(_name(str(name)).split(" (")[0], handle)
             best = some[(some[f"standing ({convention})"] == ON) & (some.key != "original")]
-            (ring,) = ax.plot(best[cost], best.CIDEr, "o", color="#000000", markersize=8, markerfacecolor="none", linewidth=0)
+            (ring,) = ax.plot(
+                best[cost], best.CIDEr, "o", color="#000000", markersize=8, markerfacecolor="none", linewidth=0
+            )
             handles.setdefault("on the front", ring)
             if i == 0:
                 ax.set_title(TITLES[role])

@@ -106,7 +106,9 @@ def _points(study: Study, key: str, role: str) -> list[Point]:
 def jobs(study: Study, keys: Sequence[str]) -> list[list[Job]]:
     """Predictors by model with what they do on held-out pictures, then the cells by model and set."""
     full, scale = study.scale.name == "full", study.scale
-    every = [(key, [(t, seed) for t in scale.front_targets for seed in front_predictors.seeds(study, t)]) for key in keys]
+    every = [
+        (key, [(t, seed) for t in scale.front_targets for seed in front_predictors.seeds(study, t)]) for key in keys
+    ]
     groups = [[_trained(study, key, *cell) for cell in cells] for key, cells in every if full]
     return groups + [_jobs(study, key, role) for key in keys for role in roles(study)]
 

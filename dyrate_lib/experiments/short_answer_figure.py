@@ -46,7 +46,9 @@ def retained_figure(study: Study) -> Figure | None:
     panels = [*tasks(study), MEAN]
     labels = dict(table[table.key != "original"][["key", "method"]].drop_duplicates().itertuples(index=False))
     height = -(-len(panels) // COLUMNS) * (0.125 * len(labels) + 0.42) + 0.3
-    fig, axes = plt.subplots(-(-len(panels) // COLUMNS), COLUMNS, figsize=(WIDTH_PAGE, height), sharex=True, sharey=True)
+    fig, axes = plt.subplots(
+        -(-len(panels) // COLUMNS), COLUMNS, figsize=(WIDTH_PAGE, height), sharex=True, sharey=True
+    )
     finite = table[np.isfinite(table["retained %"])]
     low = float(np.clip(finite["retained lo"].min() - 3, LOW, 95)) if len(finite) else LOW
     high = float(np.clip(finite["retained hi"].max() + 3, 103, HIGH)) if len(finite) else HIGH
@@ -69,7 +71,15 @@ def retained_figure(study: Study) -> Figure | None:
     for ax in axes[-1]:
         ax.set_xlabel("% of unpruned")
     shown = [
-        Line2D([], [], color=BLACK, marker="o", linestyle="none", markerfacecolor="none" if i else BLACK, label=study.label(key))
+        Line2D(
+            [],
+            [],
+            color=BLACK,
+            marker="o",
+            linestyle="none",
+            markerfacecolor="none" if i else BLACK,
+            label=study.label(key),
+        )
         for i, key in enumerate(models(study))
     ]
     fig.legend(handles=shown, loc="outside lower center", ncols=2)
@@ -92,4 +102,6 @@ def _mark(ax: Any, line: dict[str, Any], y: float, hollow: bool, at: tuple[float
         ax.plot(at[0], y, "<", color=color, markersize=3, clip_on=False)
     else:
         face = "white" if hollow else color
-        ax.plot(min(x, at[1]), y, marker, color=color, markerfacecolor=face, markersize=3.2, markeredgewidth=0.7, zorder=3)
+        ax.plot(
+            min(x, at[1]), y, marker, color=color, markerfacecolor=face, markersize=3.2, markeredgewidth=0.7, zorder=3
+        )

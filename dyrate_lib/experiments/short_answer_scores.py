@@ -90,10 +90,7 @@ def cells(study: Study) -> pd.DataFrame:
 
 def _cells(study: Study) -> pd.DataFrame:
     lines = [
-        _line(study, key, task, row)
-        for key in models(study)
-        for task in tasks(study)
-        for row in rows(study, key, task)
+        _line(study, key, task, row) for key in models(study) for task in tasks(study) for row in rows(study, key, task)
     ]
     table = pd.DataFrame(lines)
     tested = table["p"].notna() if len(table) else []

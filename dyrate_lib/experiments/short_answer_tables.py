@@ -111,7 +111,9 @@ def beside_paper(study: Study) -> pd.DataFrame:
             found = _by_row(study, key).get(str(ours))
             if found:
                 line = {"system": found["method"], "source": f"ours, {study.label(key)}"}
-                out.append(line | {TABLE1[t][1]: found[t]["score"] if t in found else float("nan") for t in tasks(study)})
+                out.append(
+                    line | {TABLE1[t][1]: found[t]["score"] if t in found else float("nan") for t in tasks(study)}
+                )
     return pd.DataFrame(out)
 
 
@@ -134,7 +136,9 @@ def changes_beside_paper(study: Study) -> pd.DataFrame:
             found = _by_row(study, key).get(ours)
             if found:
                 line = {"system": found["method"], "source": f"ours, {study.label(key)}"}
-                out.append(line | {TABLE1[t][1]: found[t]["change"] if t in found else float("nan") for t in tasks(study)})
+                out.append(
+                    line | {TABLE1[t][1]: found[t]["change"] if t in found else float("nan") for t in tasks(study)}
+                )
     return pd.DataFrame(out)
 
 
