@@ -189,6 +189,11 @@ def test_errors_of_a_job_are_raised(tmp_path):
         work_off(Bare(tmp_path), [[Job("a", broken)]])
 
 
+def test_a_record_that_two_tables_name_counts_once():
+    a, b = ({"config": {"n": n}, "inputs": [], "payload": [1, 2]} for n in (1, 2))
+    assert sharing.distinct([a, b, {**a, "payload": [1]}]) == [a, b]
+
+
 def test_captions_shared_out_are_those_of_the_tables(study, monkeypatch):
     from dyrate_lib.experiments import benchmarks, equal_budget
 

@@ -47,6 +47,11 @@ def _lowest(study: Study, key: str, role: str) -> float:
     return remembered(study, ("reach", key, role), search)
 
 
+def models(study: Study) -> tuple[str, ...]:
+    """The models whose budgets are looked at: both sizes, at smoke scale the small one alone."""
+    return study.keys if study.scale.name == "full" else study.keys[:1]
+
+
 def targets(study: Study, key: str) -> tuple[float, ...]:
     """The targets that predictors of a model are trained for along the fronts: those in reach, and those of Table II anyway."""
     lowest = reach(study, key)[0]
@@ -58,9 +63,9 @@ def seeds(study: Study, target: float) -> tuple[int, ...]:
     return study.scale.predictor_seeds if target in study.scale.targets else study.scale.predictor_seeds[:1]
 
 
-def wanted(study: Study, models: Sequence[str] | None = None) -> list[tuple[str, float, int]]:
+def wanted(study: Study, models_asked: Sequence[str] | None = None) -> list[tuple[str, float, int]]:
     """(model, target, seed) of all predictors of the fronts: what notebook 02 has to train at full scale."""
-    keys = study.keys if models is None else models
+    keys = models(study) if models_asked is None else models_asked
     return [(key, target, seed) for key in keys for target in targets(study, key) for seed in seeds(study, target)]
 
 
@@ -95,7 +100,7 @@ def budget_table(study: Study) -> pd.DataFrame:
     error %: of the budget. met: within 2 % of it. A budget out of reach says from where on there is one.
     """
     rows = []
-    for key in study.keys:
+    for key in models(study):
         lowest, highest = reach(study, key)
         there = targets(study, key)
         for target in sorted(study.scale.front_targets):
@@ -123,7 +128,7 @@ def budget_table(study: Study) -> pd.DataFrame:
 def budget_findings(study: Study) -> str:
     """One stable line a model: how many predictors meet their budget, and the worst of the others that are in reach."""
     table, lines = budget_table(study), []
-    for key in study.keys:
+    for key in models(study):
         lowest = 100 * reach(study, key)[0]
         some = table[(table.model == study.label(key)) & table["error %"].notna()]
         there = some[some["asked %"] >= lowest]
@@ -142,7 +147,7 @@ def budget_findings(study: Study) -> str:
 def quantities(study: Study) -> dict[str, Any]:
     """c5.{model}.t{target}.abs_error_max of every target trained for: the worst seed, as in claims.yaml."""
     out: dict[str, Any] = {}
-    for key in study.keys:
+    for key in models(study):
         for target in targets(study, key):
             found = [ratios(schedule(study, key, target, seed)) for seed in seeds(study, target)]
             worst = max(abs(float(np.mean(each)) - target) for each in found)

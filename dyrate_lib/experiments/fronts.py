@@ -13,14 +13,9 @@ from . import front_predictors
 from .benchmarks import Row, remembered
 from .context import Record, Study
 from .equal_budget import BY_KEY, RIVALS, SMOKE, Point, Rival, equal_n, fit, part, reaches
-from .front_predictors import FAMILIES, ensure, targets
+from .front_predictors import FAMILIES, ensure, models, targets
 from .sharing import Job, work_off
 from .training_runs import BUDGET
-
-
-def models(study: Study) -> tuple[str, ...]:
-    """Both sizes; at smoke scale the small one alone."""
-    return study.keys if study.scale.name == "full" else study.keys[:1]
 
 
 def roles(study: Study) -> tuple[str, ...]:

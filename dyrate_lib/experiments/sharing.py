@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .. import distributed
 from ..claims import claimed
 from .cells import Record, StudyCells
 
@@ -33,7 +35,7 @@ def work_off(study: StudyCells, groups: Sequence[Sequence[Job]]) -> list[Record]
     Jobs may ask for records of earlier ones of their group: those found missing are made on the way. A claim only saves work
     (see `claims`), so jobs are sound without any. Put the longest groups first.
     """
-    if not study.store.frozen:
+    if not study.store.frozen and distributed.size() == 1:  # processes of one launch go through all of them together
         for group in groups:
             with _claim(study, "/".join(job.name for job in group)) as mine:
                 for job in group if mine else ():
@@ -57,3 +59,11 @@ def _claim(study: StudyCells, name: str) -> contextlib.AbstractContextManager[bo
         folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(name.encode()).hexdigest()[:24]
     return claimed(folder / f"{digest}.lock", name, wait=False)
+
+
+def distinct(records: Sequence[Record]) -> list[Record]:
+    """Each record once, in order: tables that share a cell, or take the first pictures of one, name it again."""
+    found: dict[str, Record] = {}
+    for record in records:
+        found.setdefault(json.dumps([record["config"], record["inputs"]], sort_keys=True), record)
+    return list(found.values())

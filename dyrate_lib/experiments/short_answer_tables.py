@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..compare import load_paper
@@ -46,7 +47,8 @@ def table1(study: Study) -> pd.DataFrame:
             for task in tasks(study):
                 line[TABLE1[task][1]] = _score(found[task]) if task in found else ""
             middle, lo, hi = mean_retained(study, key, name)
-            line["retained, mean % [95%]"] = show_interval({"mean": middle, "lo": lo, "hi": hi}, 1)
+            kept = show_interval({"mean": middle, "lo": lo, "hi": hi}, 1) if np.isfinite(middle) else ""
+            line["retained, mean % [95%]"] = kept
             for convention in ("paper", "cached"):
                 column = f"FLOPs % ({convention})"
                 line[column] = sum(entry[column] for entry in here) / len(here)
