@@ -6,6 +6,7 @@ Written from the published descriptions: VQA's evaluation page (Antol et al. 201
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED}
 _MARKS = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`?!]")
 
 
+@functools.lru_cache(maxsize=65536)  # a table of methods compares with the same answers again and again
 def normalise_vqa(text: str) -> str:
     """An answer by the processing of VQA's evaluation: 'The  two cats.' -> '2 cats'.
 

@@ -19,6 +19,8 @@ from .context import STAGES, open_study
 MODULES = {
     "01_attention_analysis": "attention", "02_training": "training_runs", "03_benchmarks": "benchmarks",
     "04_efficiency": "efficiency", "05_ablations": "ablations", "06_visualization": "visualization",
+    # parts of a notebook, for several processes that start together
+    "short_answers": "short_answers", "caption_cells": "caption_cells", "fronts": "fronts",
 }  # fmt: skip
 
 

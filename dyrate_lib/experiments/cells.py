@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..datasets import CaptionDataset
 from ..evaluate import MethodFor, describe, predict
 from ..methods import Method
+from ..scenes.tasks import NAMES
 from ..store import Store, get_or_run, run_items
 from .scales import Scale
 
@@ -87,7 +88,7 @@ class StudyCells:
         decoding: Mapping[str, Any] | None, n: int | None, max_new_tokens: int | None,
     ) -> Record:  # fmt: skip
         dataset = self.dataset(role, n)
-        longest = max_new_tokens or (4 if role == "questions" else self.scale.max_new_tokens)
+        longest = max_new_tokens or (4 if role == "questions" or role in NAMES else self.scale.max_new_tokens)
         config = {
             "model": Path(self.model_name(key)).name, "data": dataset.identity, "method": description,
             "decoding": dict(decoding or {}), "max_new_tokens": longest,
@@ -124,10 +125,18 @@ class StudyCells:
             ptb_tokenize([*self._replies(), *(line for lines in dataset.references().values() for line in lines)])
             return _plain_scores(caption_scores(said, dataset.references()))
 
-        digest = hashlib.sha256(json.dumps(sorted(said.items())).encode()).hexdigest()
-        config = {"predictions": digest, "data": dataset.identity}
+        config = {"predictions": _digest(said), "data": dataset.identity}
         found = self._once(["scores", config], lambda: get_or_run("scores", config, fn, store=self.scores_store))
         return _as_scores(found["payload"])
+
+    def of_replies(self, name: str, record: Record, role: str, fn: Callable[[], Any], **settings: Any) -> Record:
+        """What `fn()` makes of the replies in a record of captions, kept in the store of scores under `name`.
+
+        settings: what the result depends on besides, as JSON values.
+        """
+        said = {entry["id"]: entry["text"] for entry in record["payload"]}
+        config = {"predictions": _digest(said), "data": self.dataset(role, len(said)).identity, **settings}
+        return self._once([name, config], lambda: get_or_run(name, config, fn, store=self.scores_store))
 
     def _replies(self) -> list[str]:
         """The replies of every record of captions that was read."""
@@ -145,6 +154,11 @@ class StudyCells:
 
         config = {"predictions": "leave one out", "data": dataset.identity}
         return _as_scores(get_or_run("scores", config, fn, store=self.scores_store)["payload"])
+
+
+def _digest(said: Mapping[str, str]) -> str:
+    """What names a set of replies."""
+    return hashlib.sha256(json.dumps(sorted(said.items())).encode()).hexdigest()
 
 
 def _plain_scores(scores: CaptionScores) -> dict[str, Any]:

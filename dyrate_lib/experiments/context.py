@@ -21,19 +21,14 @@ from ..methods import VTW, DyRate, FastV, Method, NoReduction, RandomPrune
 from ..models import ModelInfo, model_info
 from ..predictor import RatePredictor
 from ..published import KINDS
+from ..scenes.tasks import NAMES
 from ..store import Store
 from .cells import Record, StudyCells
 from .output import StudyOutput
+from .roles import ROLE_LABELS as ROLE_LABELS
+from .roles import ROLE_SPECS as ROLE_SPECS
 from .scales import Scale, resolve_scale
 
-ROLE_SPECS = {
-    "coco": "scenes:short:test", "nocaps": "scenes:short:novel", "flickr30k": "scenes:narrative:test",
-    "late": "scenes:late:test", "questions": "scenes:questions:test",
-}  # fmt: skip
-ROLE_LABELS = {
-    "coco": "scenes short, test (as COCO2017)", "nocaps": "scenes short, unseen pairs (as Nocaps)",
-    "flickr30k": "scenes narrative, test (as Flickr30k)", "late": "scenes late, test", "questions": "scenes questions, test",
-}  # fmt: skip
 STAGES = ("all", "records", "records:small", "records:base")
 MODEL_ROLES = {"small": "7B", "base": "13B"}
 
@@ -203,12 +198,16 @@ class Study(StudyCells, StudyOutput):
     def dataset(self, role: str, n: int | None = None) -> CaptionDataset:
         """The set that plays a role (`ROLE_SPECS`); of published sets the first plays every caption role that has none.
 
-        n: None takes the scale's count (a folder with fewer pictures gives all it has).
+        n: pictures (of questions: questions); None takes the scale's count (a folder with fewer gives all it has). A picture
+            of a task has all its prompts.
         """
         if role not in ROLE_SPECS:
             raise InputError(f"no data set in the role {role!r}: there are {', '.join(ROLE_SPECS)}")
-        n = n if n is not None else self.scale.n_questions if role == "questions" else self.scale.n_captions
-        if self.on_scenes or role == "questions":
+        asked = role == "questions" or role in NAMES
+        if n is None:
+            scale = self.scale
+            n = scale.n_tasks if role in NAMES else scale.n_questions if asked else scale.n_captions
+        if self.on_scenes or asked:
             place = (ROLE_SPECS[role], n)
         else:
             spec = self.spec(role)

@@ -20,6 +20,9 @@ class Scale:
     n_pareto, pareto_levels: pictures and FLOPs budgets of the curves of quality against FLOPs on the short captions;
     family_levels: budgets on the long ones and the questions. equal_level: the budget of the tables at equal cost.
     one_budget: "model:set" of curves that have that one point only, for want of device time.
+    n_tasks: pictures of each cell of the seven short-answer tasks, with all their prompts. n_front, front_levels,
+    front_family_levels, front_targets: pictures and FLOPs budgets of the fronts from 10 to 80 % on the short captions and on the
+    long ones, and the budgets that predictors are trained for there.
     bootstrap: resamples of an interval. latency_repeats, latency_warmup: timed runs. max_new_tokens: longest caption.
     """
 
@@ -49,6 +52,11 @@ class Scale:
     family_levels: tuple[float, ...] = ()
     equal_level: float = 0.333
     one_budget: tuple[str, ...] = ()
+    n_tasks: int = 2
+    n_front: int = 2
+    front_levels: tuple[float, ...] = (0.333, 0.65)
+    front_family_levels: tuple[float, ...] = (0.333,)
+    front_targets: tuple[float, ...] = (0.2, 0.333, 0.5)
 
 
 SCALES = {
@@ -62,7 +70,9 @@ SCALES = {
         n_refresh=200, n_search=20, n_masked=20, batch_size=250, train_steps=200, train_batch=12, ablation_steps=120,
         targets=(0.5, 0.333, 0.2), predictor_seeds=(0, 1, 2), sampling_seeds=(0, 1, 2), bootstrap=1000,
         latency_repeats=8, latency_warmup=1, n_pareto=250, pareto_levels=(0.15, 0.2, 0.333, 0.5, 0.8),
-        family_levels=(0.2, 0.333, 0.5), one_budget=("base:questions",),
+        family_levels=(0.2, 0.333, 0.5), one_budget=("base:questions",), n_tasks=1000, n_front=500,
+        front_levels=(0.1, 0.2, 0.333, 0.4, 0.5, 0.6, 0.7, 0.8), front_family_levels=(0.1, 0.2, 0.333, 0.5, 0.8),
+        front_targets=(0.1, 0.2, 0.333, 0.4, 0.5, 0.6, 0.7, 0.8),
     ),
 }  # fmt: skip
 
