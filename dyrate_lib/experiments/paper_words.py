@@ -60,6 +60,11 @@ def cells(template: str, models: Sequence[str] = MODELS, sets: Sequence[str] = t
     return list(dict.fromkeys(template.format(model=model, set=role) for role in sets for model in models))
 
 
+def per_model(measured: Mapping[str, Any], template: str, spec: str, models: Sequence[str] = MODELS) -> str:
+    """'small +1.2 [..] (n = 1000), base not measured': a quantity for each model, which fills {model}."""
+    return ", ".join(f"{model} {told(measured, template.format(model=model), spec)}" for model in models)
+
+
 def verdict_sentence(measured: Mapping[str, Any]) -> str:
     """How many claims of the paper, and of those added here, got which verdict."""
     found = verdicts(measured)
@@ -104,20 +109,20 @@ def attention_sentence(measured: Mapping[str, Any]) -> str:
 
 def need_sentence(measured: Mapping[str, Any]) -> str:
     """C12: rate and need at the same step, on captions that need the image last."""
-    each = [f"{model} {told(measured, f'c12.{model}.late.rate_need_given_step', '+.2f')}" for model in MODELS]
+    each = per_model(measured, "c12.{model}.late.rate_need_given_step", "+.2f")
     return (
         "Rank correlation of the named rate with the need for the image at the same step, where the need comes last (negative: it "
-        f"prunes less where the image is needed): {'; '.join(each)}."
+        f"prunes less where the image is needed): {each}."
     )
 
 
 def finality_sentence(measured: Mapping[str, Any]) -> str:
     """C13: what final dropping costs."""
     each = [
-        f"against {text}, {'; '.join(f'{m} {told(measured, f"c13.{m}.late.final_against_{kind}", "+.1%")}' for m in MODELS)}"
+        f"against {text}, {per_model(measured, f'c13.{{model}}.late.final_against_{kind}', '+.1%')}"
         for kind, text in (("reversible", "dropping that can be undone"), ("reranked", "ranking anew at every step"))
     ]
-    return f"CIDEr of final dropping, where the need comes last, {'; '.join(each)}."
+    return f"CIDEr of final dropping, where the need comes last: {'; '.join(each)}."
 
 
 def answers_sentence(measured: Mapping[str, Any]) -> str:
@@ -132,17 +137,14 @@ def answers_sentence(measured: Mapping[str, Any]) -> str:
 def budget_sentence(measured: Mapping[str, Any]) -> str:
     """C5: how far the budgets were missed."""
     targets = ("0.5", "0.333", "0.2")
-    each = [
-        f"{target}: {', '.join(f'{m} {told(measured, f"c5.{m}.t{target}.abs_error_max", ".1%")}' for m in MODELS)}"
-        for target in targets
-    ]
+    each = [f"{target}: {per_model(measured, f'c5.{{model}}.t{target}.abs_error_max', '.1%')}" for target in targets]
     return f"FLOPs budgets asked for without a search were missed at worst over seeds by: {'; '.join(each)}."
 
 
 def latency_sentence(measured: Mapping[str, Any]) -> str:
     """C4: time at batch 1."""
-    each = [f"{m.upper()} {told(measured, f'c4.{m}.dyrate_end_to_end_ratio', '.3f')}" for m in ("7b", "13b")]
-    return f"End-to-end time over the unpruned model's at batch 1, LLaVA-1.5's shapes: {'; '.join(each)}; n counts runs."
+    each = per_model(measured, "c4.{model}.dyrate_end_to_end_ratio", ".3f", ("7b", "13b")).replace("b ", "B ")
+    return f"End-to-end time over the unpruned model's at batch 1, LLaVA-1.5's shapes: {each}; n counts runs."
 
 
 def better_sentence(measured: Mapping[str, Any]) -> str:
