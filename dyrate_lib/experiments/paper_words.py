@@ -69,10 +69,10 @@ def verdict_sentence(measured: Mapping[str, Any]) -> str:
     """How many claims of the paper, and of those added here, got which verdict."""
     found = verdicts(measured)
     parts = []
-    for name, keys in (("the paper's", [k for k in found if not beyond(k)]), ("the questions added here", list(filter(beyond, found)))):
+    for whose, keys in (("the paper's {} claims", [k for k in found if not beyond(k)]), ("the {} added here", [*filter(beyond, found)])):
         by = {v: [k for k in keys if found[k].verdict == v] for v in VERDICTS}
         counted = [f"{len(ks)} {v} ({', '.join(ks)})" for v, ks in by.items() if ks]
-        parts.append(f"Of {name} {len(keys)}{' claims' if not parts else ''}: {'; '.join(counted)}.")
+        parts.append(f"Of {whose.format(len(keys))}: {'; '.join(counted)}.")
     return " ".join(parts)
 
 
@@ -130,7 +130,7 @@ def answers_sentence(measured: Mapping[str, Any]) -> str:
     names = [f"c10.{model}.{task}.dyrate_minus_original" for model in MODELS for task in TASKS]
     known = {name: Quantity.of(measured[name]).mean for name in names if name in measured}
     worst = min(known, key=lambda name: known[name], default="")
-    where = f" Largest loss: {told(measured, worst, '+.1f', ' points')} on {worst.split('.')[2]}, {worst.split('.')[1]}." if worst else ""
+    where = f" Lowest difference: {told(measured, worst, '+.1f', ' points')} on {worst.split('.')[2]}, {worst.split('.')[1]}." if worst else ""
     return f"On the seven short-answer tasks DyRate is, against unpruned, {tally(measured, names)}.{where}"
 
 
