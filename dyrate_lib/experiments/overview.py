@@ -38,7 +38,8 @@ def overview(measured: Mapping[str, Any], study: Study | None = None) -> Figure:
     inputs gain over one constant rate at equal FLOPs, per family and size. What is missing is said where it would stand.
     study: to read the controls' records from, see `overview_data.input_data`.
     """
-    fig = plt.figure(figsize=(WIDTH_PAGE, HEIGHT), layout="none")
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # its columns of text stand where they are put
+        fig = plt.figure(figsize=(WIDTH_PAGE, HEIGHT))
     strip = fig.add_axes((0.218, 0.075, 0.45, 0.825))
     _draw_strip(strip, strip_data(measured))
     data = input_data(measured, study)

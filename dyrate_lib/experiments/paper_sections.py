@@ -34,7 +34,7 @@ def section(claim: Claim, measured: Mapping[str, Any], figures: Path, elsewhere:
     """One claim. elsewhere: a line on other conditions (see `conditions.changes`)."""
     evidence = [
         f"- {'**core** ' if count.core else ''}{count.held} of {count.of} hold; "
-        f"{'worst' if count.of > 1 else 'it is'}: {count.line}"
+        f"{'not judged' if count.judged < count.of else 'worst' if count.of > 1 else 'it is'}: {count.line}"
         for count in counts(claim, measured)
     ]  # fmt: skip
     seen = links(claim.id, figures)

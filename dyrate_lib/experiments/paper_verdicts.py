@@ -6,12 +6,15 @@ Pure functions of the measured quantities (name -> number or {mean, lo, hi, n}) 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from .. import paths
 from ..compare import CANNOT_JUDGE, Verdict, claims, judge, summary_line
 from ..criteria import Check, Claim, Quantity
 from .claim_words import QUESTIONS
@@ -27,9 +30,14 @@ SEGMENTS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def _claims(folder: Path) -> dict[str, Claim]:
+    return claims(beyond=True)
+
+
 def all_claims() -> dict[str, Claim]:
-    """Every claim, C1 to C15 by number and F3 last."""
-    found = claims(beyond=True)
+    """Every claim, C1 to C15 by number and F3 last. Read once for each folder of criteria, which takes a moment."""
+    found = _claims(paths.paper())
     return dict(sorted(found.items(), key=lambda item: (item[0][0] != "C", int(item[0][1:]))))
 
 
@@ -99,6 +107,7 @@ class Count:
     core: bool
     held: int
     of: int
+    judged: int
     line: str
 
 
@@ -109,7 +118,8 @@ def counts(claim: Claim, measured: Mapping[str, Any]) -> list[Count]:
         outcomes = [check.outcome(measured) for check in group]
         short = [shortfall(check, measured) for check in group]
         worst = max(range(len(group)), key=lambda i: float("inf") if short[i] is None else short[i])
-        out.append(Count(group[0].core, sum(held is True for held, _ in outcomes), len(group), outcomes[worst][1]))
+        out.append(Count(group[0].core, sum(held is True for held, _ in outcomes), len(group),
+                         sum(held is not None for held, _ in outcomes), outcomes[worst][1]))
     return out
 
 

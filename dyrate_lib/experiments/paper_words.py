@@ -84,8 +84,8 @@ def beyond(claim: str) -> bool:
 def quality_sentence(measured: Mapping[str, Any]) -> str:
     """C3: what DyRate at a third of the FLOPs changes."""
     each = [
-        f"{model}: {told(measured, f'c3.{model}.coco.dyrate_gain', '+.1%')} of CIDEr on short captions, "
-        f"at {told(measured, f'c3.{model}.coco.flops_ratio', '.1%')} of the FLOPs"
+        f"{model}, short captions: CIDEr {told(measured, f'c3.{model}.coco.dyrate_gain', '+.1%')}, "
+        f"FLOPs {told(measured, f'c3.{model}.coco.flops_ratio', '.1%')}"
         for model in MODELS
     ]
     names = cells("c3.{model}.{set}.dyrate_minus_original", sets=("coco", "nocaps", "flickr30k"))
