@@ -149,8 +149,10 @@ def test_sentences_follow_the_numbers():
     turned = many | {name: better for name in paper_words.cells("c11.{model}.{set}.shares_minus_step")}
     assert "the step number alone: better in 6 of 6" in paper_words.attention_sentence(turned) != before
     few = {name: better | {"n": 4} for name in turned}
+    assert paper_words.estimates(few, few) == [] and "not measured" in overview.recovered_line(few)
     assert "better in 0 of 6, on too few pictures to say in 6" in paper_words.attention_sentence(few)
-    assert paper_words.told({"q": {"mean": -0.135, "lo": -0.2, "hi": -0.1, "n": 7}}, "q", "+.1%") == "-13.5% [-20.0%, -10.0%] (n = 7)"
+    share = {"q": {"mean": -0.135, "lo": -0.2, "hi": -0.1, "n": 7}}
+    assert paper_words.told(share, "q", "+.1%") == "-13.5% [-20.0%, -10.0%] (n = 7)"
 
 
 @pytest.mark.parametrize(("lo", "hi", "word"), [(0.1, 2, "better"), (-2, -0.1, "worse"), (-1, 1, "undecided")])
@@ -218,7 +220,7 @@ def test_inputs_from_records_have_intervals(study, monkeypatch):
     values = {"none": 0.0, "shares": 3.0, "oracle": 8.0, "foreign": 1.0, "step": 2.0}
     numbers = SimpleNamespace(
         cells=lambda s: [("small", "late")], fed=lambda s, key, role, kind: SimpleNamespace(equal=np.full(5, values[kind])),
-        difference=lambda s, a, b: {"mean": float((a - b).mean()), "lo": float((a - b).min()), "hi": float((a - b).max()), "n": 5},
+        difference=lambda s, a, b: {"mean": float((a - b).mean()), "lo": (a - b).min(), "hi": (a - b).max(), "n": 5},
     )  # fmt: skip
     controls = SimpleNamespace(inputs=lambda s: tuple(values))
     monkeypatch.setattr(overview_data, "part", {"controls_numbers": numbers, "controls": controls}.get)
@@ -287,8 +289,9 @@ def test_seconds_count_once_for_the_first_notebook_that_asks(study, monkeypatch)
     made("shared", 60.0), made("own", 30.0)
     lacking = lambda s: s.record("lacking", {}, dict)  # noqa: E731
     parts = {
-        "a": SimpleNamespace(compute=lambda s: [shared(s)]), "b": SimpleNamespace(compute=lambda s: [shared(s), own(s), lacking(s)]),
-    }  # fmt: skip
+        "a": SimpleNamespace(compute=lambda s: [shared(s)]),
+        "b": SimpleNamespace(compute=lambda s: [shared(s), own(s), lacking(s)]),
+    }
     monkeypatch.setattr(computing_time, "part", parts.get)
     monkeypatch.setattr(computing_time, "PARTS", {"01_first": ("a", "not there"), "02_second": ("b",)})
     data = computing_time.spent(study).set_index("notebook")

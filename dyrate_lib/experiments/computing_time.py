@@ -1,7 +1,7 @@
 """What a full run costs: seconds of computing per notebook, from the provenance of the records, against an hour.
 
-A record that several notebooks read counts for the first that asks for it. Seconds of processes at work side by side add up: it is
-device time, not the time on the wall.
+A record that several notebooks read counts for the first that asks for it. Seconds of processes at work side by side add up:
+it is device time, not the time on the wall.
 """
 
 from __future__ import annotations

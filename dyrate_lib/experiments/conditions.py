@@ -23,7 +23,7 @@ NOT_THERE = "*The conclusions under other conditions were not measured: {why}*"
 
 
 def conditions(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """(long, wide, why not): one row for each conclusion, set, model and condition; the same as a table; '' or why it is empty."""
+    """(long, wide, why not): a row for each conclusion, set, model and condition; the same as a table; '' or why there is none."""
     experiment = part(EXPERIMENT)
     empty = pd.DataFrame(columns=list(COLUMNS))
     if experiment is None:

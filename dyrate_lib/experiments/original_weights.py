@@ -25,7 +25,10 @@ QUARTER, BETTER_LAYER = 0.25, 2
 
 @dataclass(frozen=True)
 class Settling:
-    """How the rest of a claim can be settled. commands: one a line, in order; none where no run can settle anything. note: what they leave open."""
+    """How the rest of a claim can be settled.
+
+    commands: one a line, in order; none where no run can settle anything. note: what they leave open.
+    """
 
     commands: tuple[str, ...]
     note: str = ""
@@ -77,15 +80,15 @@ def settlings() -> dict[str, Settling]:
         ),
         "C5": Settling((TRAIN, TRAIN_07), "The other run trains for a saving of 30 %."),
         "C6": Settling((), "There is no printed figure that a run could meet."),
-        "C7": Settling((TRAIN, study_run("05_ablations")), "Both top_p and top_k = 6 are among the strategies of Table IVa there."),
+        "C7": Settling((TRAIN, study_run("05_ablations")), "Both top_p and top_k = 6 are among Table IVa's strategies."),
         "C8": Settling((TRAIN, study_run("05_ablations")), "R' as read in DEVIATIONS.md; what it was, only the authors can say."),
         "C9": Settling((TRAIN, study_run("06_visualization"), f"{study_run('06_visualization')} -p image /data/picture.jpg")),
         "C10": Settling((TRAIN, *(lmms(m, "dyrate_paper") for m in ("", FASTV, DYRATE)), TABLES)),
         "C11": Settling((TRAIN, study_run("05_ablations")), "Without an oracle: nobody knows what a word of COCO needs."),
         "C12": Settling((), "The need of each word would have to be annotated; correlations with the step are in notebook 06."),
-        "C13": Settling((TRAIN, study_run("05_ablations")), "Captions only: conversations of several turns are not part of the study."),
-        "C14": Settling((TRAIN, study_run("06_visualization")), "How much there is to see would have to be counted, by COCO's instances."),
-        "C15": Settling((lmms(), lmms(relook), TABLES), f"The rate {quarter_rate()} is a quarter of the FLOPs by FastV's formula at 64 text tokens."),
+        "C13": Settling((TRAIN, study_run("05_ablations")), "Captions only: the study has no conversations."),
+        "C14": Settling((TRAIN, study_run("06_visualization")), "What there is to see would have to be counted."),
+        "C15": Settling((lmms(), lmms(relook), TABLES), f"{quarter_rate()} is a quarter of the FLOPs at 64 text tokens."),
         "F3": Settling((), "The appendix was not published."),
     }  # fmt: skip
 
@@ -102,9 +105,9 @@ def settling_table(found: Mapping[str, Verdict] | None = None) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for key, claim in all_claims().items():
         if claim.beyond:
-            row: dict[str, Any] = {"claim": key, **({"verdict here": found[key].verdict} if found else {}), "left open": claim.beyond}
-            run = ", ".join(numbers[command] for command in made[key].commands)
-            rows.append({**row, "run": run or "nothing can", "note": made[key].note})
+            here = {"verdict here": found[key].verdict} if found else {}
+            run = ", ".join(numbers[command] for command in made[key].commands) or "nothing can"
+            rows.append({"claim": key, **here, "left open": claim.beyond, "run": run, "note": made[key].note})
     return pd.DataFrame(rows)
 
 

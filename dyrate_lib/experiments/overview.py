@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..compare import BORNE_OUT, CANNOT_JUDGE, NOT_BORNE_OUT, PARTLY, VERDICTS
-from ..criteria import Quantity
 from ..plotting import BLACK, BLUE, GREY, INPUTS, VERMILION, WIDTH_PAGE
 from .claim_words import SHORT
 from .context import Study
 from .overview_data import MODELS, SETS, SHOWN, input_data, strip_data
+from .paper_words import cells, estimates
 
 HEIGHT = 4.0  # inches
 SMALL = 6.0  # points, the smallest print
@@ -61,18 +61,22 @@ def tally(data: pd.DataFrame) -> str:
 
 def recovered_line(measured: Mapping[str, Any]) -> str:
     """How much of the oracle's gain the shares recover: the range of estimates over sets and models, from C11's quantities."""
-    found = [measured.get(f"c11.{key}.{role}.share_of_gap") for role in SETS for key in MODELS]
-    known = [Quantity.of(value).mean for value in found if value is not None]
+    names = cells("c11.{model}.{set}.share_of_gap")
+    known = estimates(measured, names)
     if not known:
-        return "The oracle's gain and what attention\nrecovers of it were not measured."
+        return "The oracle's gain and what attention recovers of\nit were not measured on enough pictures."
     low, high = (f"{100 * x:.0f}".replace("-", "\u2212") for x in (min(known), max(known)))
     part = f"{low} to {high} %" if low != high else f"{low} %"
-    return f"It recovers {part} of what knowing the need\ngains ({len(known)} of {len(found)} cells measured)."
+    return f"It recovers {part} of what knowing the need\ngains ({len(known)} of {len(names)} cells measured)."
 
 
 def _draw_strip(ax: Axes, data: pd.DataFrame) -> None:
     for y, row in enumerate(data.to_dict("records")):
-        checks = [(row[f"{core} {name}"], color) for name, *colors in _BARS for core, color in zip(("core", "other"), colors, strict=True)]
+        checks = [
+            (row[f"{weight} {name}"], color)
+            for name, *colors in _BARS
+            for weight, color in zip(("core", "other"), colors, strict=True)
+        ]
         left = 0.0
         for n, color in checks:
             width = n / sum(count for count, _ in checks)
@@ -125,8 +129,9 @@ def _draw_inputs(axes: list[Axes], data: pd.DataFrame) -> None:
     axes[-1].set_xlabel("CIDEr above one constant rate\nat equal FLOPs", fontsize=6.5, labelpad=1)
     handles = [Line2D([], [], color=BLACK, marker=m, fillstyle=f, ls="", ms=3.5, label=key) for key, (m, f, _) in _MARKS.items()]
     axes[0].figure.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0.672, -0.005), fontsize=SMALL + 0.5, handletextpad=0.2, labelspacing=0.2
-    )
+        handles=handles, loc="lower left", bbox_to_anchor=(0.672, -0.005), fontsize=SMALL + 0.5, handletextpad=0.2,
+        labelspacing=0.2,
+    )  # fmt: skip
 
 
 def _draw_family(ax: Axes, data: pd.DataFrame, key: str) -> bool:

@@ -22,8 +22,9 @@ from .claim_words import QUESTIONS
 # what a segment of a quantity's name stands for: (kind of condition, label)
 SEGMENTS: dict[str, tuple[str, str]] = {
     "small": ("model", "small"), "base": ("model", "base"), "7b": ("model", "7B"), "13b": ("model", "13B"),
-    "coco": ("kind of captions", "short"), "nocaps": ("kind of captions", "short, unseen pairs"), "flickr30k": ("kind of captions", "narrative"),
-    "short": ("kind of captions", "short"), "narrative": ("kind of captions", "narrative"), "late": ("kind of captions", "late"),
+    "coco": ("kind of captions", "short"), "nocaps": ("kind of captions", "short, unseen pairs"),
+    "flickr30k": ("kind of captions", "narrative"), "short": ("kind of captions", "short"),
+    "narrative": ("kind of captions", "narrative"), "late": ("kind of captions", "late"),
     "shallow": ("depth", "shallow"), "deep": ("depth", "deep"),
     "gqa": ("task", "GQA"), "vizwiz": ("task", "VizWiz"), "scienceqa": ("task", "ScienceQA"), "textvqa": ("task", "TextVQA"),
     "pope": ("task", "POPE"), "mmbench": ("task", "MMBench"), "mme": ("task", "MME"),
@@ -86,8 +87,8 @@ def _stem(quantity: str) -> str:
 def decisive(claim: Claim, measured: Mapping[str, Any]) -> Check:
     """The check that a reader should see: the worst case of the first kind of core check that fails.
 
-    Where all of those hold, of the first kind of other checks that fails; where everything holds, of the first kind of core check.
-    Where the claim cannot be judged, the first check that cannot.
+    Where all of those hold, of the first kind of other checks that fails; where everything holds, of the first kind of core
+    check. Where the claim cannot be judged, the first check that cannot.
     """
     outcomes = {check: check.outcome(measured)[0] for check in claim.checks}
     missing = [check for check, held in outcomes.items() if held is None]
@@ -116,8 +117,8 @@ def counts(claim: Claim, measured: Mapping[str, Any]) -> list[Count]:
     out = []
     for group in kinds(claim.checks):
         outcomes = [check.outcome(measured) for check in group]
-        short = [shortfall(check, measured) for check in group]
-        worst = max(range(len(group)), key=lambda i: float("inf") if short[i] is None else short[i])
+        short = [float("inf") if (by := shortfall(check, measured)) is None else by for check in group]
+        worst = short.index(max(short))
         out.append(Count(group[0].core, sum(held is True for held, _ in outcomes), len(group),
                          sum(held is not None for held, _ in outcomes), outcomes[worst][1]))
     return out
@@ -182,7 +183,7 @@ def conditions_line(claim: Claim, measured: Mapping[str, Any]) -> str:
 
 
 def verdict_table(measured: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a claim: question, verdict, how many checks hold (core, all), the check that decides, what it would be elsewhere."""
+    """One row a claim: question, verdict, how many checks hold (core, all), what decides, what it would be for a part alone."""
     rows = []
     for key, claim in all_claims().items():
         verdict, core = judge(claim, measured), [check for check in claim.checks if check.core]

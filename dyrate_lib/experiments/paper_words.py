@@ -19,6 +19,12 @@ TASKS = ("gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench", "mme")
 BETTER, WORSE, OPEN, FEW = "better", "worse", "undecided", "too few"
 
 
+def estimates(measured: Mapping[str, Any], names: Iterable[str]) -> list[float]:
+    """The estimates of those quantities that were measured on enough pictures."""
+    found = {name: Quantity.of(measured[name]) for name in names if name in measured}
+    return [q.mean for name, q in found.items() if q.n is not None and q.n >= least_n(name)]
+
+
 def told(measured: Mapping[str, Any], name: str, spec: str = "+.1f", unit: str = "") -> str:
     """'+1.2 [+0.3, +2.1] (n = 1000)', or 'not measured'. A % in `spec` shows a share in percent."""
     if name not in measured:
@@ -31,11 +37,12 @@ def told(measured: Mapping[str, Any], name: str, spec: str = "+.1f", unit: str =
 
 def least_n(name: str) -> int:
     """How many pictures (or runs) a quantity must rest on, by the strictest check that reads it."""
-    return max((c.min_n for claim in all_claims().values() for c in claim.checks if c.quantity == name and not c.exact), default=1)
+    checks = [check for claim in all_claims().values() for check in claim.checks if check.quantity == name]
+    return max((check.min_n for check in checks if not check.exact), default=1)
 
 
 def direction(measured: Mapping[str, Any], name: str, at: float = 0.0) -> str:
-    """Whether a quantity's interval lies above `at` (better), below (worse), around it, or rests on too few; or 'not measured'."""
+    """Whether a quantity's interval lies above `at` (better), below (worse), around it, or rests on too few; or is missing."""
     if name not in measured:
         return MISSING
     q = Quantity.of(measured[name])
@@ -69,7 +76,8 @@ def verdict_sentence(measured: Mapping[str, Any]) -> str:
     """How many claims of the paper, and of those added here, got which verdict."""
     found = verdicts(measured)
     parts = []
-    for whose, keys in (("the paper's {} claims", [k for k in found if not beyond(k)]), ("the {} added here", [*filter(beyond, found)])):
+    for whose, added in (("the paper's {} claims", False), ("the {} added here", True)):
+        keys = [key for key in found if beyond(key) is added]
         by = {v: [k for k in keys if found[k].verdict == v] for v in VERDICTS}
         counted = [f"{len(ks)} {v} ({', '.join(ks)})" for v, ks in by.items() if ks]
         parts.append(f"Of {whose.format(len(keys))}: {'; '.join(counted)}.")
@@ -90,7 +98,8 @@ def quality_sentence(measured: Mapping[str, Any]) -> str:
     ]
     names = cells("c3.{model}.{set}.dyrate_minus_original", sets=("coco", "nocaps", "flickr30k"))
     return (
-        f"Trained for a third of the FLOPs in the paper's convention, DyRate changes caption quality as follows. {'; '.join(each)}. "
+        "Trained for a third of the FLOPs in the paper's convention, DyRate changes caption quality as follows. "
+        f"{'; '.join(each)}. "
         f"Over sets and models it is, against unpruned, {tally(measured, names)}."
     )
 
@@ -99,8 +108,8 @@ def attention_sentence(measured: Mapping[str, Any]) -> str:
     """C11: the attention shares against each control, and what they recover of the oracle's gain."""
     words = {"step": "the step number alone", "none": "nothing (a constant)", "foreign": "another picture's attention"}
     each = [f"{text}: {tally(measured, cells(f'c11.{{model}}.{{set}}.shares_minus_{kind}'))}" for kind, text in words.items()]
-    gap = [Quantity.of(measured[name]).mean for name in cells("c11.{model}.{set}.share_of_gap") if name in measured]
-    recovered = f"{min(gap):.0%} to {max(gap):.0%} in {len(gap)} cells" if gap else MISSING
+    gap = estimates(measured, cells("c11.{model}.{set}.share_of_gap"))
+    recovered = f"{min(gap):.0%} to {max(gap):.0%} in {len(gap)} cells" if gap else f"{MISSING} on enough pictures"
     return (
         "Does attention tell how much to prune? At equal FLOPs a predictor fed with attention shares is, against one fed with "
         f"{'; '.join(each)}. Share that it recovers of what knowing each word's need would gain: {recovered}."
@@ -111,8 +120,8 @@ def need_sentence(measured: Mapping[str, Any]) -> str:
     """C12: rate and need at the same step, on captions that need the image last."""
     each = per_model(measured, "c12.{model}.late.rate_need_given_step", "+.2f")
     return (
-        "Rank correlation of the named rate with the need for the image at the same step, where the need comes last (negative: it "
-        f"prunes less where the image is needed): {each}."
+        "Rank correlation of the named rate with the need for the image at the same step, where the need comes last (negative: "
+        f"it prunes less where the image is needed): {each}."
     )
 
 
@@ -130,7 +139,10 @@ def answers_sentence(measured: Mapping[str, Any]) -> str:
     names = [f"c10.{model}.{task}.dyrate_minus_original" for model in MODELS for task in TASKS]
     known = {name: Quantity.of(measured[name]).mean for name in names if name in measured}
     worst = min(known, key=lambda name: known[name], default="")
-    where = f" Lowest difference: {told(measured, worst, '+.1f', ' points')} on {worst.split('.')[2]}, {worst.split('.')[1]}." if worst else ""
+    where = ""
+    if worst:
+        _, model, task, _ = worst.split(".")
+        where = f" Lowest difference: {told(measured, worst, '+.1f', ' points')} on {task}, {model}."
     return f"On the seven short-answer tasks DyRate is, against unpruned, {tally(measured, names)}.{where}"
 
 
@@ -149,14 +161,14 @@ def latency_sentence(measured: Mapping[str, Any]) -> str:
 
 def better_sentence(measured: Mapping[str, Any]) -> str:
     """C15: our own rule."""
-    names, cost = cells("c15.{model}.{set}.better_gain"), cells("c15.{model}.{set}.flops_ratio")
-    known = [Quantity.of(measured[name]).mean for name in names if name in measured]
-    spent = [Quantity.of(measured[name]).mean for name in cost if name in measured]
+    names = cells("c15.{model}.{set}.better_gain")
+    known, spent = estimates(measured, names), estimates(measured, cells("c15.{model}.{set}.flops_ratio"))
     if not known or not spent:
-        return f"Our own rule at a quarter of the FLOPs: {MISSING}."
+        return f"Our own rule at a quarter of the FLOPs: {MISSING} on enough pictures."
     return (
-        f"Our own rule, set for a quarter of the FLOPs ({min(spent):.1%} to {max(spent):.1%} spent), changes CIDEr by {min(known):+.1%} "
-        f"to {max(known):+.1%} over {len(known)} sets and models; against unpruned it is {tally(measured, names)}."
+        f"Our own rule, set for a quarter of the FLOPs ({min(spent):.1%} to {max(spent):.1%} spent), changes CIDEr by "
+        f"{min(known):+.1%} to {max(known):+.1%} over {len(known)} sets and models; against unpruned it is "
+        f"{tally(measured, names)}."
     )
 
 
@@ -172,7 +184,7 @@ def abstract(measured: Mapping[str, Any]) -> str:
 
 
 def extent_line(measured: Mapping[str, Any]) -> str:
-    """What there is to judge by: quantities there of those that the criteria read, and the smallest and largest n of an interval."""
+    """What there is to judge by: how many of the quantities that the criteria read, and the smallest and largest n."""
     asked = {name for claim in all_claims().values() for name in claim.quantities}
     found = {name: Quantity.of(measured[name]) for name in sorted(asked) if name in measured}
     n = [q.n for q in found.values() if q.lo is not None and q.n is not None]
