@@ -149,7 +149,8 @@ def test_sentences_follow_the_numbers():
     turned = many | {name: better for name in paper_words.cells("c11.{model}.{set}.shares_minus_step")}
     assert "the step number alone: better in 6 of 6" in paper_words.attention_sentence(turned) != before
     few = {name: better | {"n": 4} for name in turned}
-    assert paper_words.estimates(few, few) == [] and "not measured" in overview.recovered_line(few)
+    assert paper_words.estimates(few, paper_words.cells("c11.{model}.{set}.share_of_gap")) == []
+    assert "not measured" in overview.recovered_line(few) and "6 of 6 cells" in overview.recovered_line(many)
     assert "better in 0 of 6, on too few pictures to say in 6" in paper_words.attention_sentence(few)
     share = {"q": {"mean": -0.135, "lo": -0.2, "hi": -0.1, "n": 7}}
     assert paper_words.told(share, "q", "+.1%") == "-13.5% [-20.0%, -10.0%] (n = 7)"
@@ -240,7 +241,8 @@ def test_conditions_without_the_experiment_or_its_records(study, monkeypatch):
         return get_or_run("nothing", {}, lambda: 1, store=there.store)
 
     monkeypatch.setattr(conditions, "part", lambda name: SimpleNamespace(data=data, table=data))
-    assert "were not measured" in conditions.conditions(study)[2]
+    said = conditions.conditions(study)[2]
+    assert "not measured: no record nothing/" in said and str(study.out) not in said and "tmp" not in said
 
 
 def test_changes_name_the_conditions_that_turn_a_conclusion_round():

@@ -23,7 +23,7 @@ NOT_THERE = "*The conclusions under other conditions were not measured: {why}*"
 
 
 def conditions(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """(long, wide, why not): a row for each conclusion, set, model and condition; the same as a table; '' or why there is none."""
+    """(long, wide, why not): a row for each conclusion, set, model and condition; the same as a table; '' or why none is."""
     experiment = part(EXPERIMENT)
     empty = pd.DataFrame(columns=list(COLUMNS))
     if experiment is None:
@@ -33,7 +33,7 @@ def conditions(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, str]:
         try:
             return experiment.data(there), experiment.table(there), ""
         except ResourceError as error:
-            return empty, empty, NOT_THERE.format(why=f"{str(error).splitlines()[0]}.")
+            return empty, empty, NOT_THERE.format(why=f"{str(error).partition(' in ')[0]}.")  # no folder's name: those differ
 
 
 def claim_of(conclusion: str) -> str:
