@@ -130,7 +130,7 @@ def _check(s: Settings) -> None:
         raise InputError(f"model_args: predictor goes with dyrate, not with method {s.method}")
     if s.clip is not None and s.method != "cdpruner":
         raise InputError(f"model_args: clip goes with cdpruner, not with method {s.method}")
-    if s.predictor is None and "predictor" in _fields(s.method):
+    if s.predictor is None and _led_by_predictor(s):
         _shipped(s)
     elif s.predictor is None:
         try:
@@ -141,6 +141,11 @@ def _check(s: Settings) -> None:
 
 def _fields(name: str) -> set[str]:
     return {f.name for f in dataclasses.fields(method_classes()[name])}  # type: ignore[arg-type]
+
+
+def _led_by_predictor(s: Settings) -> bool:
+    """Whether the method takes its rate from a predictor: not where a schedule is named in its stead (relook's rates)."""
+    return "predictor" in _fields(s.method) and s.options.get("rates") is None
 
 
 def _trained(name: str) -> str:
@@ -162,7 +167,7 @@ def build_method(settings: Settings, model: Any = None) -> Method:
     cls, options = method_classes()[settings.method], dict(settings.options)
     if cls is NoReduction:
         return NoReduction()
-    if "predictor" in _fields(settings.method):
+    if settings.predictor is not None or _led_by_predictor(settings):
         options["predictor"] = settings.predictor or _shipped(settings)
     if cls is CDPruner and settings.clip:
         options.update(_clip(settings.clip))
