@@ -1,8 +1,7 @@
 """The command line that trains a scenes VLM from scratch, or further from a checkpoint.
 
     python -m dyrate_lib.scenes.train --size small --out DIR --budget-seconds 540
-    python -m dyrate_lib.scenes.train --size small --from data/checkpoints/scenes-small --steps 4400 --out DIR --ship DIR2 \\
-        --eval-n 500
+    python -m dyrate_lib.scenes.train --size small --from data/checkpoints/scenes-small --steps 4400 --out DIR --ship DIR2
     python -m dyrate_lib.scenes.train --size small --from CONTINUED --mix lagging --budget-seconds 600 --out DIR
 
 Each picture carries one row of captions and short-answer tasks (see `rows` for what is asked of which picture, and
