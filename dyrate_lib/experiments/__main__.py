@@ -18,7 +18,7 @@ from .context import STAGES, open_study
 
 MODULES = {
     "01_attention_analysis": "attention", "02_training": "training_runs", "03_benchmarks": "benchmarks",
-    "04_efficiency": "efficiency", "05_ablations": "ablations", "06_visualization": "visualization",
+    "04_efficiency": "efficiency", "05_ablations": "ablations", "06_visualization": "visualization", "controls": "controls",
 }  # fmt: skip
 
 

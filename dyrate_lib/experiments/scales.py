@@ -20,6 +20,9 @@ class Scale:
     n_pareto, pareto_levels: pictures and FLOPs budgets of the curves of quality against FLOPs on the short captions;
     family_levels: budgets on the long ones and the questions. equal_level: the budget of the tables at equal cost.
     one_budget: "model:set" of curves that have that one point only, for want of device time.
+    n_controls: per cell of the controls and of what hangs on them; control_steps, control_seeds: their predictors' training;
+    control_models, control_roles: which are run; control_levels: budgets of the constant rates beside them, which tell what a
+    little more cost would gain; conditions: names in `generality.CONDITIONS`.
     bootstrap: resamples of an interval. latency_repeats, latency_warmup: timed runs. max_new_tokens: longest caption.
     """
 
@@ -49,6 +52,13 @@ class Scale:
     family_levels: tuple[float, ...] = ()
     equal_level: float = 0.333
     one_budget: tuple[str, ...] = ()
+    n_controls: int = 2
+    control_steps: int = 2
+    control_seeds: tuple[int, ...] = (0,)
+    control_models: tuple[str, ...] = ("small",)
+    control_roles: tuple[str, ...] = ("flickr30k", "late")
+    control_levels: tuple[float, ...] = (0.4,)
+    conditions: tuple[str, ...] = ("10 rates", "other scenes")
 
 
 SCALES = {
@@ -62,7 +72,9 @@ SCALES = {
         n_refresh=200, n_search=20, n_masked=20, batch_size=250, train_steps=200, train_batch=12, ablation_steps=120,
         targets=(0.5, 0.333, 0.2), predictor_seeds=(0, 1, 2), sampling_seeds=(0, 1, 2), bootstrap=1000,
         latency_repeats=8, latency_warmup=1, n_pareto=250, pareto_levels=(0.15, 0.2, 0.333, 0.5, 0.8),
-        family_levels=(0.2, 0.333, 0.5), one_budget=("base:questions",),
+        family_levels=(0.2, 0.333, 0.5), one_budget=("base:questions",), n_controls=1000, control_steps=200,
+        control_seeds=(0, 1, 2), control_models=("small", "base"), control_roles=("coco", "flickr30k", "late"),
+        control_levels=(0.28, 0.4), conditions=("5 rates", "10 rates", "P = 1", "P = 3", "P = 4", "other scenes"),
     ),
 }  # fmt: skip
 
