@@ -76,7 +76,11 @@ def learned(study: Study, key: str, role: str, recipe: Recipe, **options: Any) -
 
 def reference(study: Study, key: str, role: str) -> float:
     """What the attention shares cost on a set, the mean over seeds: the cost at which all controls are compared."""
-    return float(np.mean([ratio(learned(study, key, role, recipe)) for recipe in recipes(study)]))
+
+    def mean() -> float:
+        return float(np.mean([ratio(learned(study, key, role, recipe)) for recipe in recipes(study)]))
+
+    return remembered(study, ("shares' cost", key, role), mean)
 
 
 def constant(study: Study, key: str, role: str, level: float, layer: int = LAYER) -> Record:
@@ -119,7 +123,7 @@ def planned(study: Study, key: str, role: str, recipe: Recipe) -> list[list[floa
     if recipe.inputs == "oracle":
         from .controls_needs import needs
 
-        told = needs(unpruned(study, key, role), role)
+        told = needs(study, unpruned(study, key, role), role)
         return [oracle_rates(made, [need or "none" for need in reply]) for reply in told]
     seen = torch.arange(STEPS) if recipe.inputs == "step" else torch.zeros(STEPS, 0)
     return [(made(seen).argmax(-1) / made.n_rates).tolist()]

@@ -71,7 +71,8 @@ def figure_differences(study: Study) -> Figure:
 
 def _whisker(ax: Any, found: Any, at: float, color: str, mark: tuple[str, Any]) -> None:
     ends = np.clip([[found["mean"] - found["lo"]], [found["hi"] - found["mean"]]], 0, None)
-    style = {"color": color, "marker": mark[0], "fillstyle": mark[1], "ls": "", "capsize": 2, "elinewidth": 0.8}
+    inside = {"markerfacecolor": "white"} if mark[1] == "none" else {}
+    style = {"color": color, "marker": mark[0], "ls": "", "capsize": 2, "elinewidth": 0.8, **inside}
     ax.errorbar([found["mean"]], [at], xerr=ends, **style)
 
 
@@ -96,7 +97,7 @@ def course_data(study: Study) -> pd.DataFrame:
             course = mean_course([c for record in controls.controls(study, key, role, kind) for c in in_force(record)])
             parts.append(pd.DataFrame(course).assign(model=key, role=role, what=kind))
         if study.on_scenes:
-            told = needs(controls.unpruned(study, key, role), role)
+            told = needs(study, controls.unpruned(study, key, role), role)
             course = mean_course([np.nan_to_num(image_need(reply)) for reply in told])
             parts.append(pd.DataFrame(course).assign(model=key, role=role, what="need"))
     return pd.concat(parts, ignore_index=True)
@@ -150,7 +151,7 @@ def figure_seen(study: Study) -> Figure | None:
                 )  # fmt: skip
         ax.set_xlabel("objects in the picture" if by == "objects" else "clutter, quarter")
         ax.set_xticks(sorted(table[table.by == by].group.unique()))
-    axes[0].set_ylabel("share removed at mid-reply")
+    axes[0].set_ylabel("removed at mid-reply")
     handles = [*_sizes(study, keys), *(Line2D([], [], color=BLACK, ls=lines[r], label=family(study, r)) for r in roles)]
     for handle, key in zip(handles, keys, strict=False):
         handle.set_color(VERMILION if key == "small" else BLACK)
@@ -206,7 +207,7 @@ def figure_better(study: Study) -> Figure:
                 at = i + (0.17 if key == keys[-1] else -0.17) * (len(keys) > 1)
                 _whisker(ax, found, at, method_style(name.split(",")[0])["color"], SIZE_MARKS[key])
         ax.set_title(family(study, role))
-        ax.set_xlabel("CIDEr against unpruned, %")
+        ax.set_xlabel("CIDEr: difference, %")
         ax.grid(axis="y", visible=False)
         ax.set_yticks(np.arange(len(better.ROWS) - 1), ["FastV, one rate", "DyRate", "RelookRate", "RelookRate,\nshares"])
         ax.set_ylim(len(better.ROWS) - 1.5, -0.5)

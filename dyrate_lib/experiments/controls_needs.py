@@ -35,6 +35,8 @@ from .summaries import Quantity, step_rank_correlation
 
 _BATCH = 50  # replies read at once: attention of the first layers is held in full
 Courses = list[np.ndarray]
+_LETTERS: dict[str | None, str] = {"image": "i", "response": "r", "none": "n", None: "-"}
+_WORDS = {letter: need for need, letter in _LETTERS.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- records
@@ -107,15 +109,26 @@ def scene_pieces(study: Study) -> list[Piece]:
 # --------------------------------------------------------------------------------------------------------- courses
 
 
-def needs(record: Record, role: str) -> list[list[str | None]]:
-    """What each token of each reply needs, None where the reply leaves its family's grammar, or its words are not its tokens."""
-    out: list[list[str | None]] = []
-    for entry in record["payload"]:
-        words, steps = split_words(entry["text"]), entry["steps"]
-        ended = steps == len(words) + 1  # the last token is the end of sequence
-        fits = ended or steps == len(words)
-        out.append(list(reply_needs(words, FAMILIES[role], ended)) if fits else [None] * steps)
-    return out
+def needs(study: Study, record: Record, role: str) -> list[list[str | None]]:
+    """What each token of each reply needs, None where the reply leaves its family's grammar, or its words are not its tokens.
+
+    Kept beside the scores: to align a reply takes milliseconds, and tables ask for the same replies again.
+    """
+    said = [[entry["text"], entry["steps"]] for entry in record["payload"]]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    def fn() -> list[str]:
+        return ["".join(_LETTERS[need] for need in _aligned(text, steps, FAMILIES[role])) for text, steps in said]
+
+    config = {"replies": digest, "family": FAMILIES[role]}
+    found = study.record("controls/needs", config, fn, store=study.scores_store)["payload"]
+    return [[_WORDS[letter] for letter in row] for row in found]
+
+
+def _aligned(text: str, steps: int, family: str) -> list[str | None]:
+    words = split_words(text)
+    ended = steps == len(words) + 1  # the last token is the end of sequence
+    return list(reply_needs(words, family, ended)) if ended or steps == len(words) else [None] * steps
 
 
 def in_force(record: Record) -> Courses:
@@ -167,15 +180,35 @@ def follow(study: Study, role: str, pairs: Sequence[tuple[Record, Courses | None
     """
     parts: dict[str, list[np.ndarray]] = {}
     for record, courses in pairs:
-        needed = [image_need(reply) for reply in needs(record, role)]
-        parts.setdefault("in_force_need", []).append(course_correlations(in_force(record), needed))
-        if courses is not None:
-            parts.setdefault("rate_need", []).append(course_correlations(courses, needed))
-            parts.setdefault("rate_need_given_step", []).append(course_correlations(courses, needed, by_step=True))
-            parts.setdefault("rate_step", []).append(np.array([step_rank_correlation(course) for course in courses]))
+        for name, values in _correlations(study, needs(study, record, role), in_force(record), courses).items():
+            parts.setdefault(name, []).append(values)
     found = {name: over_seeds(values) for name, values in parts.items()}
     n, seed = study.scale.bootstrap, study.seed
     return {name: mean_correlation(values, n, seed) for name, values in found.items() if not np.isnan(values).all()}
+
+
+def _correlations(
+    study: Study, needed: list[list[str | None]], removed: Courses, courses: Courses | None
+) -> dict[str, np.ndarray]:
+    """[pictures] each of the correlations of one seed's replies, kept beside the scores as these are: NaN where not defined."""
+    given = [[[_LETTERS[need] for need in row] for row in needed], _plain(removed), None if courses is None else _plain(courses)]
+
+    def fn() -> dict[str, list[float | None]]:
+        known = [image_need(reply) for reply in needed]
+        found = {"in_force_need": course_correlations(removed, known)}
+        if courses is not None:
+            found["rate_need"] = course_correlations(courses, known)
+            found["rate_need_given_step"] = course_correlations(courses, known, by_step=True)
+            found["rate_step"] = np.array([step_rank_correlation(course) for course in courses])
+        return {name: [None if np.isnan(x) else round(float(x), 6) for x in values] for name, values in found.items()}
+
+    config = {"courses": hashlib.sha256(json.dumps(given).encode()).hexdigest()}
+    payload = study.record("controls/following", config, fn, store=study.scores_store)["payload"]
+    return {name: np.array(values, dtype=np.float64) for name, values in payload.items()}  # None becomes NaN
+
+
+def _plain(courses: Courses) -> list[list[float]]:
+    return [np.round(course, 6).tolist() for course in courses]
 
 
 def over_seeds(per_seed: Sequence[np.ndarray]) -> np.ndarray:

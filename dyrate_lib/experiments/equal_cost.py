@@ -13,7 +13,7 @@ from ..accounting import paper_layer_flops
 from ..models import ModelInfo
 
 Shape = tuple[int, int, int]
-_HALVINGS = 40
+_HALVINGS, _DIGITS = 40, 6
 
 
 def course_cost(info: ModelInfo, shapes: Sequence[Shape], rates: Sequence[Sequence[float]], layer: int) -> float:
@@ -21,26 +21,34 @@ def course_cost(info: ModelInfo, shapes: Sequence[Shape], rates: Sequence[Sequen
 
     shapes: (prompt tokens, image tokens, steps) of each reply. rates: one course a reply, or one for all; its last rate holds on.
     """
-    courses = list(rates) * (len(shapes) if len(rates) == 1 else 1)
-    known: dict[tuple, float] = {}
-    total = 0.0
-    for (length, n_image, steps), course in zip(shapes, courses, strict=True):
-        key = (length, n_image, steps, tuple(course[:steps]))
-        if key not in known:
-            now = np.asarray(course[:steps], dtype=np.float64)
-            now = np.concatenate([now, np.repeat(now[-1:], steps - now.size)])
-            kept = np.minimum.accumulate(n_image - np.floor(now * n_image + 1e-9))
-            full = np.asarray(length + np.arange(steps), dtype=np.float64)
-            whole = paper_layer_flops(full, info.hidden, info.mlp).sum()
-            part = paper_layer_flops(full - n_image + kept, info.hidden, info.mlp).sum()
-            known[key] = float((layer * whole + (info.n_layers - layer) * part) / (info.n_layers * whole))
-        total += known[key]
-    return total / len(shapes)
+    return _cost(info, shapes, layer)(_padded(rates, max(steps for _, _, steps in shapes)))
+
+
+def _padded(rates: Sequence[Sequence[float]], steps: int) -> np.ndarray:
+    """[replies, steps] or [1, steps] rates, the last of each held on."""
+    rows = [np.asarray(course[:steps], dtype=np.float64) for course in rates]
+    return np.stack([np.concatenate([row, np.repeat(row[-1:], steps - row.size)]) for row in rows])
+
+
+def _cost(info: ModelInfo, shapes: Sequence[Shape], layer: int) -> Callable[[np.ndarray], float]:
+    """The mean FLOPs ratio as a function of rates [replies or 1, steps]."""
+    length, n_image, steps = (column[:, None] for column in np.array(shapes).T)
+    now = np.arange(steps.max())
+    full, valid = (length + now).astype(np.float64), now < steps
+    flops = paper_layer_flops(full, info.hidden, info.mlp) * valid
+    whole = flops.sum(1)
+
+    def cost(rates: np.ndarray) -> float:
+        kept = np.minimum.accumulate(n_image - np.floor(rates * n_image + 1e-9), axis=1)
+        part = (paper_layer_flops(full - n_image + kept, info.hidden, info.mlp) * valid).sum(1)
+        return float(((layer * whole + (info.n_layers - layer) * part) / (info.n_layers * whole)).mean())
+
+    return cost
 
 
 def scaled(rates: Sequence[float], factor: float) -> list[float]:
     """A course with every kept share times `factor`, until all is kept."""
-    return [round(1 - min(1.0, (1 - rate) * factor), 6) for rate in rates]
+    return [round(1 - min(1.0, (1 - rate) * factor), _DIGITS) for rate in rates]
 
 
 def matched(
@@ -52,10 +60,8 @@ def matched(
     """
     least = min((1 - rate for course in rates for rate in course if rate < 1), default=1.0)
 
-    def cost(factor: float) -> float:
-        return course_cost(info, shapes, [scaled(course, factor) for course in rates], layer)
-
-    factor = crossing(cost, wanted, 1.0 / least)
+    cost, kept = _cost(info, shapes, layer), 1 - _padded(rates, max(steps for _, _, steps in shapes))
+    factor = crossing(lambda x: cost(np.round(1 - np.minimum(1.0, kept * x), _DIGITS)), wanted, 1.0 / least)
     return [scaled(course, factor) for course in rates]
 
 

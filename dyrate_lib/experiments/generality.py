@@ -126,12 +126,12 @@ def measured(study: Study, key: str, role: str, name: str) -> dict[str, Any]:
     return found if gain is None else {**found, "gain": gain}
 
 
-def outcome(quantity: Mapping[str, float] | None, threshold: float, above: bool, min_n: int = MIN_N) -> str:
+def outcome(quantity: Mapping[str, float] | None, threshold: float, above: bool) -> str:
     """Whether a conclusion holds: its whole interval lies on the right side of the threshold, or on the wrong one, or neither.
 
-    Without a quantity, or with fewer than min_n pictures behind it, nothing is decided.
+    Without a quantity, or with fewer than `MIN_N` pictures behind it, nothing is decided.
     """
-    if quantity is None or quantity["n"] < min_n:
+    if quantity is None or quantity["n"] < MIN_N:
         return OPEN
     below, beyond = quantity["hi"] < threshold, quantity["lo"] > threshold
     right, wrong = (beyond, below) if above else (below, beyond)
@@ -169,8 +169,8 @@ def table(study: Study) -> pd.DataFrame:
             shown = "" if pd.isna(entry["mean"]) else f" ({_shown(conclusion, entry['mean'])})"
             row[name] = f"{entry.outcome}{mark}{shown}"
         rows.append(row)
-    order = {name: i for i, name in enumerate(CONCLUSIONS)}
-    return pd.DataFrame(sorted(rows, key=lambda row: (order[row["DyRate ..."]], row["captions"], row["model"])))
+    order = {name: i for i, name in enumerate((*CONCLUSIONS, *dict.fromkeys(long["set"]), *dict.fromkeys(long.model)))}
+    return pd.DataFrame(sorted(rows, key=lambda row: [order[row[name]] for name in ("DyRate ...", "captions", "model")]))
 
 
 def _shown(conclusion: str, value: float) -> str:
