@@ -60,26 +60,6 @@ def bootstrap_sums(per_picture: np.ndarray, n: int = 1000, seed: int = 0) -> np.
     return np.concatenate(sums)
 
 
-def bootstrap_sums(per_picture: np.ndarray, n: int = 1000, seed: int = 0) -> np.ndarray:
-    """[n, k] sums over resamples, with replacement, of pictures with k statistics each; `per_picture` [pictures, k] float64.
-
-    For scores that are functions of sums (F1, say). The same size and seed resample the same pictures, here and in
-    `bootstrap_means`. Raises InputError for no pictures, values that are not finite, n below 1.
-    """
-    values = np.asarray(per_picture, dtype=np.float64)
-    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise InputError(f"statistics must be finite numbers [pictures, k] of at least one picture, not {values.shape}")
-    _check(0.5, n)
-    random, size = np.random.default_rng(seed), len(values)
-    rows, sums = max(1, _CHUNK // size), []
-    for start in range(0, n, rows):
-        some = min(rows, n - start)
-        drawn = random.integers(0, size, size=(some, size)) + np.arange(some)[:, None] * size
-        # how often each picture was drawn, times its statistics
-        sums.append(np.bincount(drawn.ravel(), minlength=some * size).reshape(some, size) @ values)
-    return np.concatenate(sums)
-
-
 def bootstrap_interval(
     per_image: Sequence[float] | np.ndarray, n: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from dyrate_lib.evaluate import beam_records, describe, predictor_hash
 from dyrate_lib.masks import PAD
 from dyrate_lib.models import Adapter, model_info
 from dyrate_lib.teacher_forcing import masked_attention
-from tests.contract import lively_predictor
+from tests.contract import lively_predictor, random_batch, repeated, small_model
 
 LAYERS, N, STEPS = 8, 36, 6
 RATES = (0.9, 0.2, 0.6, 0.5, 0.95, 0.4)
@@ -223,3 +223,28 @@ def test_beams_of_reversible_methods_are_counted_with_the_whole_prompt(tiny, pic
     assert record["flops"]["paper-prefill"] == 1.0
     out = ours(tiny[0], inputs, method, forced_tokens=torch.tensor([record["tokens"]]))
     assert record["flops"]["paper"] == pytest.approx(out.flops("paper").ratio, abs=1e-6)
+
+
+class Leaning(RatePath):
+    """Ranked once, tokens may come back, and odd layers read half: what `at_layer` is for without ranking anew."""
+
+    reversible = True
+
+    def at_layer(self, layer, kept, n_image):
+        return kept // 2 if layer % 2 else kept
+
+
+def test_layers_of_their_own_follow_the_beams():
+    """Under stock beams every hypothesis saw what our loop reads along it, layer by layer."""
+    model, inputs = small_model(), random_batch(6, ((3, 5, True), (1, 12, True)))
+    method = Leaning(3, (0.2, 0.7, 0.4, 0.6), reversible=True)
+    with method(model):
+        out = model.generate(
+            **inputs, max_new_tokens=4, num_beams=3, num_return_sequences=3, do_sample=False, eos_token_id=None,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+    replies = out.sequences[:, inputs["input_ids"].shape[1] :]
+    mine = ours(model, repeated(inputs, 3), method, forced_tokens=replies)
+    score = torch.log_softmax(mine.logits, -1).gather(-1, replies[..., None])[..., 0].mean(-1)
+    assert (score - out.sequences_scores).abs().max() < 1e-3
+    assert mine.trace.kept_by_layer[0].tolist() == [[36] * 8, *([36] * 3 + [n // 2, n] * 2 + [n // 2] for n in (11, 22, 15))]

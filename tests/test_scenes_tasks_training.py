@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_several_prompts_share_one_picture_and_begin_with_the_tasks_own(module):
 
 
 def test_polls_are_answered_yes_as_often_as_the_picture_allows():
-    found = [rows._asked("pope", make_scene(s, "train"), rows.random.Random(str(s))) for s in range(300)]
+    found = [rows._asked("pope", make_scene(s, "train"), random.Random(str(s))) for s in range(300)]
     yes = sum(p.body[:-1] == answer_ids("yes")[:-1] for p in found)
     assert 0.52 < yes / 300 < 0.73  # a half, and a quarter of the other half
 
@@ -319,7 +320,7 @@ def tiny_start(tmp_path_factory):
     """A tiny checkpoint as the command line leaves it, trained on captions alone."""
     out = tmp_path_factory.mktemp("start") / "scenes-tiny"
     found = train(replace(TINY, slots=("short",)), steps=2, out=out, **QUIET)
-    recipe = starting.json.loads(json.dumps(trainer_module.asdict(found.recipe)))
+    recipe = asdict(found.recipe)
     (out / "metrics.json").write_text(json.dumps({"recipe": recipe}))
     return out
 
@@ -386,16 +387,16 @@ def test_a_few_steps_lower_the_loss_on_tasks(tiny_start):
 def test_a_killed_run_from_a_start_resumes_where_it_was(tiny_start, tmp_path, monkeypatch):
     out, recipe = tmp_path / "scenes-tiny", replace(TINY, steps=5, warmup=2)
     whole = train(recipe, start=tiny_start, **QUIET)
-    saved = trainer_module._Keeper.save
+    saved = trainer_module.Keeper.save
 
     def save_and_die(self, run, planned, final=False):
         saved(self, run, planned, final)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module._Keeper, "save", save_and_die)
+    monkeypatch.setattr(trainer_module.Keeper, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, start=tiny_start, out=out, save_every=0.0, **QUIET)
-    monkeypatch.setattr(trainer_module._Keeper, "save", saved)
+    monkeypatch.setattr(trainer_module.Keeper, "save", saved)
     resumed = train(recipe, start=tiny_start, out=out, **QUIET)
     assert [h["loss"] for h in resumed.history] == pytest.approx([h["loss"] for h in whole.history], abs=1e-6)
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):

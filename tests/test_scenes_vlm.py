@@ -267,17 +267,17 @@ def test_a_killed_run_resumes_where_it_was(tmp_path, monkeypatch):
     out = tmp_path / "scenes-tiny"
     recipe = replace(TINY, steps=6, batch=2)
     whole = train(recipe, device="cpu", log_every=1, say=lambda _: None)
-    saved = trainer_module._Keeper.save
+    saved = trainer_module.Keeper.save
 
     def save_and_die(self, run, planned, final=False):
         saved(self, run, planned, final)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module._Keeper, "save", save_and_die)
+    monkeypatch.setattr(trainer_module.Keeper, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, out=out, device="cpu", log_every=1, save_every=0.0, say=lambda _: None)
     assert (out / "config.json").is_file() and (out / "model.safetensors").is_file()
-    monkeypatch.setattr(trainer_module._Keeper, "save", saved)
+    monkeypatch.setattr(trainer_module.Keeper, "save", saved)
     said = []
     resumed = train(recipe, out=out, device="cpu", log_every=1, say=said.append)
     assert "resumed at step 1" in said

@@ -184,8 +184,8 @@ def config_of(study: Study, cell: Cell) -> dict[str, Any]:
 def record_of(study: Study, cell: Cell, seconds: float = 450.0, skip: tuple[str, ...] = ()) -> Record | None:
     """The cell's record, made where it is missing; None where this machine cannot make it.
 
-    seconds: sampling stops after these (three samples at least are taken, one of long runs); skip: loops to leave out, e.g. ("static",),
-    and "long" for the runs of most new tokens.
+    seconds: sampling stops after these (three samples at least are taken, one of long runs). skip: what to leave out: loops such
+    as "static", and "long" for the runs of most new tokens.
     """
     from .efficiency_agreement import agreement
     from .efficiency_measure import measure, sweep

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--until", type=float, default=0.0, help="seconds that all may take: start no cell that would end later"
     )
     parser.add_argument(
-        "--skip", default="", help="what to leave out: the loops static, stock, reference, and long (runs of most tokens), by commas"
+        "--skip", default="", help="what to leave out, by commas: static, stock, reference (loops), long (runs)"
     )
     parser.add_argument("--model-small", default="scenes-small")
     parser.add_argument("--model-base", default="scenes-base")

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from ..errors import DyRateError, InputError
-from .checkpoint import export, ship
 from .data import KINDS, N_CLS, PackedBatches, prefix_ids
 from .objective import Recipe, cls_loss, learning_rate, response_loss, to_device, token_accuracy
 from .starting import described, load_start
 from .tokenizer import build_processor
+from .training_keeper import Keeper
 from .training_plan import TIMED, Plan, Say
-from .training_state import load_state, save_state
+from .training_state import load_state
 from .vlm import SIZES, PackedForward, build_model
 
 
@@ -140,43 +140,6 @@ class _Run:
         return state
 
 
-@dataclass
-class _Keeper:
-    """Writes the checkpoint and the state to resume from."""
-
-    out: Path | None
-    processor: Any
-    ship_to: Path | None
-    every: float
-    say: Say
-    last: float = field(default_factory=time.monotonic)
-
-    @property
-    def state(self) -> Path | None:
-        return None if self.out is None else self.out.with_name(self.out.name + ".state") / "state.safetensors"
-
-    def resumable(self) -> int:
-        """The step a state was left at, 0 without one."""
-        if self.state is None or not self.state.exists():
-            return 0
-        return load_state(self.state)["step"]
-
-    def due(self) -> bool:
-        return time.monotonic() - self.last > self.every
-
-    def save(self, run: _Run, planned: int | None, final: bool = False) -> None:
-        self.last = time.monotonic()
-        if self.out is None or self.state is None:
-            return
-        save_state(self.state, run.state() | {"planned": planned})
-        log = "".join(json.dumps(line) + "\n" for line in run.history)
-        export(run.model, self.processor, self.out, {"log.jsonl": log})
-        if self.ship_to is not None:
-            ship(self.out, self.ship_to)
-        self.last = time.monotonic()
-        self.say(f"saved step {run.step} to {self.out.name}{' (final)' if final else ''}")
-
-
 def train(
     recipe: Recipe,
     *,
@@ -228,10 +191,10 @@ def train(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device.index)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # flash and memory-efficient kernels serve heads of 32 well
-    keeper = _Keeper(out, build_processor(), ship_to, save_every, say)
+    keeper = Keeper(out, build_processor(), ship_to, save_every, say)
     resumed = keeper.resumable()
     before = recipe.start["pictures"] if recipe.start else 0
     dataset = PackedBatches("train", recipe.batch, recipe.slots, length=10_000_000, seed=recipe.seed, first=before)
