@@ -1,7 +1,7 @@
 """A study whose records of controls are made up: what each predictor is worth is planted, so that the numbers must find it.
 
-Replies are references, so their needs are known. Quality falls with what is removed where the image is needed, a little with all that
-is removed, and differs between pictures.
+Replies are references, so their needs are known. Quality is a picture's own, plus noise, less what saving FLOPs costs, plus what
+is planted for the method.
 """
 
 from __future__ import annotations
@@ -99,11 +99,12 @@ class MadeUp:
         if name == "controls/named":
             return {"payload": self._named(config["data"], self.recipes[config["predictor"]])}
         if name == "schedules":
-            random = np.random.default_rng(len(str(config)))
-            return {"payload": [{"flops": {"paper": float(x)}} for x in random.normal(0.335, 0.01, 40)]}
+            reached = np.random.default_rng(len(str(config))).normal(0.335, 0.01, 40)
+            return {"payload": [{"flops": {"paper": float(x)}} for x in reached]}
         if name == "controls/scenes":  # no picture is rendered
-            rows = zip(np.random.default_rng(1).integers(1, 10, config["n"]), np.random.default_rng(2).random(config["n"]), strict=True)
-            return {"payload": [{"id": str(i), "objects": int(a), "clutter": float(b)} for i, (a, b) in enumerate(rows)]}
+            random = np.random.default_rng(1)
+            seen = [(int(random.integers(1, 10)), float(random.random())) for _ in range(config["n"])]
+            return {"payload": [{"id": str(i), "objects": a, "clutter": b} for i, (a, b) in enumerate(seen)]}
         place = f"{name} {config}"
         if place not in self.made:
             self.made[place] = {"payload": fn()}
@@ -111,7 +112,8 @@ class MadeUp:
 
     def _trained(self, config: Any, models: Any) -> dict[str, Any]:
         fed = config.get("inputs", "shares")
-        told = {"inputs": fed, "constraint": "penalty", "n_rates": 20, **config, "models": [self.study.model_name(k) for k in models]}
+        named = [self.study.model_name(key) for key in models]
+        told = {"inputs": fed, "constraint": "penalty", "n_rates": 20, **config, "models": named}
         random = np.random.default_rng(len(json.dumps(told, sort_keys=True)) + 1000 * config["seed"])
         width = {"step": 64, "none": 0, "hidden": 8, "oracle": 6}.get(fed, 24)
         n = told["n_rates"]

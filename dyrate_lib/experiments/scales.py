@@ -56,9 +56,9 @@ class Scale:
     control_steps: int = 2
     control_seeds: tuple[int, ...] = (0,)
     control_models: tuple[str, ...] = ("small",)
-    control_roles: tuple[str, ...] = ("flickr30k", "late")
+    control_roles: tuple[str, ...] = ("late",)
     control_levels: tuple[float, ...] = (0.4,)
-    conditions: tuple[str, ...] = ("10 rates", "other scenes")
+    conditions: tuple[str, ...] = ("P = 3", "other scenes")
 
 
 SCALES = {
