@@ -20,7 +20,7 @@ MODULES = {
     "01_attention_analysis": "attention", "02_training": "training_runs", "03_benchmarks": "benchmarks",
     "04_efficiency": "efficiency", "05_ablations": "ablations", "06_visualization": "visualization",
     # parts of a notebook, for several processes that start together
-    "short_answers": "short_answers", "caption_cells": "caption_cells", "fronts": "fronts",
+    "short_answers": "short_answers", "caption_cells": "caption_cells", "fronts": "fronts", "controls": "controls",
 }  # fmt: skip
 
 

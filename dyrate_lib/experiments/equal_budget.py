@@ -68,7 +68,12 @@ BY_KEY = {rival.key: rival for rival in RIVALS}
 
 def run_shape(study: Study, key: str, role: str) -> dict[str, int]:
     """The run that is counted: median prompt, image tokens and mean passes of the unpruned model's replies to a set."""
-    payload = study.captions(key, role, study.method("original", key))["payload"]
+    return run_shape_of(study.captions(key, role, study.method("original", key)))
+
+
+def run_shape_of(record: Record) -> dict[str, int]:
+    """The same of a record of captions."""
+    payload = record["payload"]
     return {
         "prompt_length": int(np.median([row["prompt_length"] for row in payload])),
         "n_image": int(np.median([row["n_image"] for row in payload])),

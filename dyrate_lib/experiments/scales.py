@@ -23,6 +23,9 @@ class Scale:
     n_tasks: pictures of each cell of the seven short-answer tasks, with all their prompts. n_front, front_levels,
     front_family_levels, front_targets: pictures and FLOPs budgets of the fronts from 10 to 80 % on the short captions and on the
     long ones, and the budgets that predictors are trained for there.
+    n_controls: per cell of the controls and of what hangs on them; control_steps, control_seeds: their predictors' training;
+    control_models, control_roles: which are run; control_levels: budgets of the constant rates beside them, which tell what a
+    little more cost would gain; conditions: names in `generality.CONDITIONS`.
     bootstrap: resamples of an interval. latency_repeats, latency_warmup: timed runs. max_new_tokens: longest caption.
     """
 
@@ -57,6 +60,13 @@ class Scale:
     front_levels: tuple[float, ...] = (0.333, 0.65)
     front_family_levels: tuple[float, ...] = (0.333,)
     front_targets: tuple[float, ...] = (0.2, 0.333, 0.5)
+    n_controls: int = 2
+    control_steps: int = 2
+    control_seeds: tuple[int, ...] = (0,)
+    control_models: tuple[str, ...] = ("small",)
+    control_roles: tuple[str, ...] = ("late",)
+    control_levels: tuple[float, ...] = (0.4,)
+    conditions: tuple[str, ...] = ("P = 3", "other scenes")
 
 
 SCALES = {
@@ -73,6 +83,9 @@ SCALES = {
         family_levels=(0.2, 0.333, 0.5), one_budget=("base:questions",), n_tasks=1000, n_front=500,
         front_levels=(0.1, 0.2, 0.333, 0.4, 0.5, 0.6, 0.7, 0.8), front_family_levels=(0.1, 0.2, 0.333, 0.5, 0.8),
         front_targets=(0.1, 0.2, 0.333, 0.4, 0.5, 0.6, 0.7, 0.8),
+        n_controls=1000, control_steps=200,
+        control_seeds=(0, 1, 2), control_models=("small", "base"), control_roles=("coco", "flickr30k", "late"),
+        control_levels=(0.28, 0.4), conditions=("5 rates", "10 rates", "P = 1", "P = 3", "P = 4", "other scenes"),
     ),
 }  # fmt: skip
 

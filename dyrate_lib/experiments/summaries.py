@@ -77,6 +77,11 @@ def mean_course(courses: Sequence[Any], least: float = 0.5) -> dict[str, np.ndar
     return {"step": np.arange(last), "mean": mean, "lo": mean - half, "hi": mean + half, "p10": p10, "p90": p90, "n": n}
 
 
+def percent(quantity: Mapping[str, float]) -> Quantity:
+    """A ratio's {mean, lo, hi, n} in per cent."""
+    return {**quantity, **{name: 100 * quantity[name] for name in ("mean", "lo", "hi")}}
+
+
 def show_interval(quantity: Mapping[str, float], digits: int = 3) -> str:
     """'0.123 [0.120, 0.126]' for a table cell."""
     return f"{quantity['mean']:.{digits}f} [{quantity['lo']:.{digits}f}, {quantity['hi']:.{digits}f}]"

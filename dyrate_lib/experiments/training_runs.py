@@ -16,7 +16,7 @@ from ..evaluate import ENGINE, batches, describe, predict
 from ..generation import generate
 from ..loading import SCENES
 from ..masks import kept_counts, prefix_masks
-from ..methods import RatePath
+from ..methods import Method, RatePath
 from ..models import Adapter
 from ..predictor import RatePredictor
 from ..published import coco_parts
@@ -170,7 +170,12 @@ def shipped_agree(study: Study, records: dict[tuple[str, float, int], Record]) -
 
 def schedule(study: Study, key: str, target: float, seed: int) -> Record:
     """What a predictor does on held-out pictures: payload [{id, family, steps, kept, prompt_length, n_image, flops}]."""
-    data, method = validation_set(study), study.method("dyrate", key, target=target, seed=seed)
+    return schedule_of(study, key, study.method("dyrate", key, target=target, seed=seed))
+
+
+def schedule_of(study: Study, key: str, method: Method) -> Record:
+    """The same of any method."""
+    data = validation_set(study)
     config = {"data": data.identity, "method": describe(method), "max_new_tokens": study.scale.max_new_tokens}
 
     def fn() -> list[dict[str, Any]]:
