@@ -1,4 +1,4 @@
-"""What `data/next` holds is whole, and its notebooks are ready to be run; when its records are made it takes the present study's place."""
+"""What `data/next` holds is whole, and its notebooks are ready to be run, until its records take the present study's place."""
 
 import ast
 import json

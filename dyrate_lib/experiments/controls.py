@@ -203,7 +203,7 @@ def training(study: Study, key: str, recipe: Recipe) -> Piece:
 
 
 def compute(study: Study, keys: Sequence[str] | None = None) -> list[Record]:
-    """Every record of these experiments, shared out among the processes that are at them in one store (`sharing.share`)."""
+    """Every record of these experiments, shared out among the processes that are at them in one store (`pieces.share`)."""
     from . import better, constraints, generality
     from .controls_needs import scene_pieces
 
