@@ -17,8 +17,9 @@ from . import masks
 from .attention import additive, attend, image_scores, padding_allowed, row_attention, shares_of, type_columns
 from .layout import gather_columns
 from .masks import PAD, RES
-from .methods.base import Method, PruneState
+from .methods.base import Method
 from .methods.none import NoReduction
+from .methods.prune_state import PruneState
 from .models import Adapter, Prompt
 from .step import ModuleStep, step_for
 

@@ -21,7 +21,8 @@ from .errors import InputError
 from .hooks_pictures import PictureWatch
 from .layout import gather_columns, take_entries
 from .masks import IMG, PAD, RES
-from .methods.base import PRUNED, Method, PruneState
+from .methods.base import PRUNED, Method
+from .methods.prune_state import PruneState
 from .models import Adapter, Prompt
 
 _STATE = PRUNED  # on a cache: the pruning of the batch it belongs to

@@ -7,7 +7,7 @@ from torch import nn
 from dyrate_lib import DyRate, FastV, NoReduction, generate
 from dyrate_lib.masks import IMG
 from dyrate_lib.methods import PyramidDrop
-from dyrate_lib.methods.base import PruneState
+from dyrate_lib.methods.prune_state import PruneState
 from dyrate_lib.models import Adapter
 from dyrate_lib.predictor import RatePredictor
 from dyrate_lib.step import DirectStep, ModuleStep, step_for
