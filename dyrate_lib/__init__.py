@@ -14,6 +14,7 @@ from .methods import (
     DivPrune,
     DyRate,
     FastV,
+    LayerTopK,
     Method,
     NoReduction,
     PruMerge,
@@ -35,8 +36,8 @@ __version__ = "0.3.4"
 
 __all__ = [
     "ST3", "VTW", "BeforeLLM", "CDPruner", "DepthPrune", "DivPrune", "DyRate", "DyRateError", "FastV",
-    "GenerationOutput", "InputError", "Method", "NoReduction", "PruMerge", "PruMergePlus", "PyramidDrop", "RandomPrune",
-    "RatePath", "RatePredictor", "RecordError", "RelookRate", "ResourceError", "SparseVLM", "Trace", "VisionZip", "actual_tokens",
-    "attention_shares", "budget", "chat_prompt", "clip_text", "generate", "load_vlm", "model_info", "prepare_inputs",
-    "vtw_search",
+    "GenerationOutput", "InputError", "LayerTopK", "Method", "NoReduction", "PruMerge", "PruMergePlus", "PyramidDrop",
+    "RandomPrune", "RatePath", "RatePredictor", "RecordError", "RelookRate", "ResourceError", "SparseVLM", "Trace", "VisionZip",
+    "actual_tokens", "attention_shares", "budget", "chat_prompt", "clip_text", "generate", "load_vlm", "model_info",
+    "prepare_inputs", "vtw_search",
 ]  # fmt: skip

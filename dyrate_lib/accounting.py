@@ -131,6 +131,7 @@ def flops(
     includes_vision: bool = True,
     n_rates: int = 0,
     vision: tuple[int, int] | None = None,
+    scores_all: bool = False,
 ) -> Flops:
     """FLOPs of one sample's generation, with the unpruned count beside it.
 
@@ -141,6 +142,8 @@ def flops(
         vision: FLOPs of tower and projector for this prompt's pictures (a row of `Prompt.vision_flops`); None takes them
             from `info`, which only families with pictures of one size allow.
         n_rates: rates of a DyRate predictor that runs once a step; adds the part "predictor" to the pruned count.
+        scores_all: a decode step's query is multiplied with every image token's key, read or not (`Method.scores_all`): in
+            `cached` "decode" then has 2 * heads * head_dim more for each token that a layer does not read.
 
     Returns:
         Flops; parts of `cached` are vision, projector, prefill, decode, head and, with `n_rates`, predictor; the only
@@ -155,6 +158,8 @@ def flops(
     full = np.full_like(kept, n_image)
     pruned = flop_parts(info, prompt_length, n_image, kept, convention, includes_vision, vision)
     unpruned = flop_parts(info, prompt_length, n_image, full, convention, includes_vision, vision)
+    if scores_all and convention == "cached":
+        pruned["decode"] += 2 * info.n_heads * info.head_dim * (full - kept)[1:].sum()
     if n_rates:
         passes = 1 if convention == "paper-prefill" else kept.shape[0]
         pruned["predictor"] = 2.0 * 4 * info.n_heads * n_rates * passes

@@ -149,6 +149,11 @@ def _dominant(method: Any, n_image: int, n_layers: int) -> Settings:
     return Settings(n_image, make)
 
 
+def _tokens(method: Method, n_image: int, n_layers: int) -> Settings:
+    """LayerTopK: 0..N tokens that a layer reads. Below the cost of its prompt's pass, which reads everything, none reaches."""
+    return Settings(n_image + 1, lambda i: _with(method, tokens=i, rate=None))
+
+
 def _fixed_ratio(method: Any, n_image: int, n_layers: int) -> Settings:
     """PruMerge, PruMerge+: a fixed count, ratio = 1..N-1 patches. The + adds samples, so its counts have gaps."""
     # a thousandth of a patch more, so that int(N ratio) is the count meant
@@ -164,7 +169,7 @@ def _ratio(method: Any, n_image: int, n_layers: int) -> Settings:
 KNOWN: dict[str, Callable[[Any, int, int], Settings]] = {
     "none": _only, "fastv": _rate, "random": _rate, "vtw": _layer, "path": _path, "relook": _path, "depth": _depth,
     "sparsevlm": _counts, "pyramiddrop": _pyramid, "st3": _rho, "visionzip": _dominant, "prumerge": _fixed_ratio,
-    "prumerge+": _fixed_ratio, "divprune": _ratio, "cdpruner": _ratio,
+    "prumerge+": _fixed_ratio, "divprune": _ratio, "cdpruner": _ratio, "layer-topk": _tokens,
 }  # fmt: skip
 
 

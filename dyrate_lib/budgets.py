@@ -110,8 +110,9 @@ def cost_ratio(
     """FLOPs over those of the unpruned model, for one sample; arguments and errors as in `budget`."""
     info = _dimensions(model)
     n_image = info.n_image_tokens if n_image is None else n_image
-    plan = named(method).plan(n_image, info.n_layers, steps)
-    return flops(info, _prompt(prompt_length, n_image), n_image, plan, convention).ratio
+    method = named(method)
+    plan, length = method.plan(n_image, info.n_layers, steps), _prompt(prompt_length, n_image)
+    return flops(info, length, n_image, plan, convention, scores_all=method.scores_all).ratio
 
 
 def _prompt(prompt_length: int | None, n_image: int) -> int:
@@ -192,8 +193,8 @@ def budget(
     Args:
         method: a method, its class or its name; of an instance everything but the setting searched is kept. Searched are
             the rate (fastv, random, path), the layer (vtw), the token count (visionzip, prumerge, prumerge+, divprune,
-            cdpruner), the counts in their proportion (sparsevlm, depth), the share kept at each drop (pyramiddrop, whose
-            drops move to earlier layers for budgets below the given ratios' cost, st3).
+            cdpruner, layer-topk), the counts in their proportion (sparsevlm, depth), the share kept at each drop (pyramiddrop,
+            whose drops move to earlier layers for budgets below the given ratios' cost, st3).
         model: a model or its `ModelInfo`; None takes LLaVA-1.5-7B's dimensions.
         flops: FLOPs over those of the unpruned model, in `convention`; tokens: image tokens at layer inputs, averaged
             over layers and passes. One of the two.

@@ -73,6 +73,7 @@ class GenerationOutput:
     logits: Tensor | None = field(default=None, repr=False)
     processor: Any = field(default=None, repr=False)
     refreshed: bool = False
+    scores_all: bool = False
 
     @property
     def text(self) -> list[str]:
@@ -108,7 +109,7 @@ class GenerationOutput:
                 for t in range(steps)
             )
             return combine(passes)
-        return flops(self.info, length, n_image, kept, convention, vision=vision)
+        return flops(self.info, length, n_image, kept, convention, vision=vision, scores_all=self.scores_all)
 
     def flops(self, convention: str = "cached") -> Flops:
         """FLOPs of the whole batch, padding not counted: a float with `.by_part`, `.unpruned` and `.ratio`.
@@ -278,7 +279,7 @@ def _reference(request: Request) -> GenerationOutput:
         sequences=ids.contiguous(), new_tokens=torch.stack(tokens, 1), lengths=valid_steps.sum(-1),
         trace=recorder.trace(valid_steps, runner.layer, prompt), info=adapter.info(),
         logits=torch.stack(all_logits, 1) if request.return_logits else None, processor=request.processor,
-        refreshed=method.refresh,
+        refreshed=method.refresh, scores_all=method.scores_all,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from .cdpruner import CDPruner, clip_text
 from .divprune import DivPrune
 from .dyrate import DyRate
 from .fastv import FastV
+from .layer_topk import LayerTopK
 from .none import NoReduction
 from .prumerge import PruMerge, PruMergePlus
 from .pyramiddrop import PyramidDrop
@@ -27,6 +28,7 @@ __all__ = [
     "DivPrune",
     "DyRate",
     "FastV",
+    "LayerTopK",
     "Method",
     "NoReduction",
     "PruMerge",

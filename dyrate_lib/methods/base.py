@@ -65,6 +65,7 @@ class Method:
     reversible: a dropped token may come back, its keys and values are kept and only what is read falls.
     refresh: no cache, the whole sequence is run and pruned anew for every token (the original FastV).
     window: with rank="step", how many of the newest query rows rank together (`pooled`).
+    scores_all: a decode step's query is scored against every image token's key also where fewer are read (`accounting.flops`).
     """
 
     name: ClassVar[str] = ""
@@ -72,6 +73,7 @@ class Method:
     reversible: bool = False
     refresh: bool = False
     window: int = 1
+    scores_all: ClassVar[bool] = False
     layer: int | None = None
 
     @property

@@ -29,6 +29,20 @@ from .schedule import RatePath
 POOLS = ("mean", "max")
 
 
+def check_tilt(owner: Method, tilt: float) -> None:
+    """Refuse a `tilt` (`tilted`) that is no number from -1 to 1. Raises InputError."""
+    if isinstance(tilt, bool) or not isinstance(tilt, Real) or not math.fabs(tilt) <= 1:
+        raise InputError(f"{type(owner).__name__}: tilt={tilt!r} must be a number from -1 to 1.")
+
+
+def tilted(kept: Tensor, n_image: Tensor, tilt: float, layer: int, first: int, n_layers: int) -> Tensor:
+    """What layer `layer` of first..n_layers-1 reads where they read `kept` [B] int64 of n_image each on average: [B] int64."""
+    if not tilt or n_layers - first < 2:
+        return kept
+    lean = tilt * (1 - 2 * (layer - first) / (n_layers - 1 - first))
+    return kept + torch.round(lean * torch.minimum(kept, n_image - kept).double()).long()
+
+
 @dataclass
 class RelookRate(Method):
     """At each step read the k tokens that the newest rows look at most, of all N; k by a predictor or a schedule.
@@ -65,8 +79,7 @@ class RelookRate(Method):
         check_whole("RelookRate: window", self.window, 1)
         if self.pool not in POOLS:
             raise InputError(f"RelookRate: pool={self.pool!r} must be one of {', '.join(POOLS)}.")
-        if isinstance(self.tilt, bool) or not isinstance(self.tilt, Real) or not math.fabs(self.tilt) <= 1:
-            raise InputError(f"RelookRate: tilt={self.tilt!r} must be a number from -1 to 1.")
+        check_tilt(self, self.tilt)
         if self.rates is not None:
             self._rule = RatePath(3 if self.layer is None else self.layer, self.rates)
         else:
@@ -95,11 +108,7 @@ class RelookRate(Method):
         return rows.mean(0) if self.pool == "mean" else rows.amax(0)
 
     def at_layer(self, layer: int, kept: Tensor, n_image: Tensor) -> Tensor:
-        first, n_layers = self._tail
-        if not self.tilt or n_layers - first < 2:
-            return kept
-        lean = self.tilt * (1 - 2 * (layer - first) / (n_layers - 1 - first))
-        return kept + torch.round(lean * torch.minimum(kept, n_image - kept).double()).long()
+        return tilted(kept, n_image, self.tilt, layer, *self._tail)
 
     def plan(self, n_image: int, n_layers: int, steps: int = 1) -> np.ndarray:
         self._rule.plan(n_image, n_layers, steps)  # refuses where the rate depends on what is seen
