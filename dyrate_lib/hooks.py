@@ -18,6 +18,7 @@ from torch import Tensor
 from . import masks
 from .attention import image_scores, row_attention, shares_by_type
 from .errors import InputError
+from .hooks_cache import cache_of
 from .hooks_pictures import PictureWatch
 from .layout import gather_columns, take_entries
 from .masks import IMG, PAD, RES
@@ -142,7 +143,7 @@ class StockPruning(PictureWatch):
     # -- what a forward pass is ----------------------------------------------------------------------------------
 
     def _before_language_model(self, module: Any, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         filled = 0 if cache is None else int(cache.get_seq_length())
         embeds = kwargs["inputs_embeds"]
         if filled == 0:
@@ -202,7 +203,7 @@ class StockPruning(PictureWatch):
     def _after_feature_layer(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]
-        cache, prompt = kwargs.get("past_key_values"), self._now.prompt
+        cache, prompt = cache_of(kwargs), self._now.prompt
         (q,) = self.adapter.project(self.layer - 1, hidden[:, -1:], (cos[:, -1:], sin[:, -1:]), "q")
         if cache is not None:
             keys = cache.layers[self.layer - 1].keys
@@ -231,7 +232,7 @@ class StockPruning(PictureWatch):
     def _after_layer(self, index: int) -> Any:
         def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
             """The prompt's rows are in the cache: from their order there to the order of slots."""
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             if self._prefilling and cache is not None:
                 layer, places = cache.layers[index], torch.argsort(self._slots, dim=-1)
                 layer.keys, layer.values = take_entries(layer.keys, places), take_entries(layer.values, places)
@@ -251,7 +252,7 @@ class StockPruning(PictureWatch):
             self._slots = torch.argsort(rows, dim=-1, stable=True)
             self._columns = torch.gather(columns, 1, self._slots)
             hidden = gather_columns(hidden, self._columns)
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             if cache is not None:
                 while len(cache.layers) <= index:
                     cache.layers.append(cache.layer_class_to_replicate())
@@ -274,7 +275,7 @@ class StockPruning(PictureWatch):
 
     def _decode_layer(self, index: int, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
         now, state = self._now, self._now.state
-        layer = kwargs["past_key_values"].layers[index]
+        layer = cache_of(kwargs).layers[index]
         first, start = now.first.get(index, 0), state.start_slot(index)
         if start > first:  # these image tokens no sample reads again: discard them
             layer.keys, layer.values = layer.keys[:, :, start - first :], layer.values[:, :, start - first :]

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .hooks import StockPruning, _follow_reordering
+from .hooks_cache import cache_name, cache_of
 from .layout import Prompt
 from .masks import INS, PAD, RES
 from .methods.before import BeforeLLM, watch_tower
@@ -74,7 +75,7 @@ class StockReduction(StockPruning):
         self._seen.clear()
 
     def _before_language_model(self, module: Any, args: tuple, kwargs: dict) -> Any:
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_of(kwargs)
         config: Any = self.adapter.text_config
         filled = 0 if cache is None else int(cache.get_seq_length())
         kwargs = {key: value for key, value in kwargs.items() if key != "cache_position"}
@@ -82,7 +83,7 @@ class StockReduction(StockPruning):
             prompt = self._reduced(kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids"))
             now: Any = _Reduced(prompt)
             if cache is None and kwargs.get("use_cache", True) and config.use_cache:
-                cache = kwargs["past_key_values"] = DynamicCache(config=config)  # as the model would
+                cache = kwargs[cache_name(kwargs)] = DynamicCache(config=config)  # as the model would
             if cache is not None:
                 self._attach(cache, now)
             mask, positions = now.real, prompt.position_ids

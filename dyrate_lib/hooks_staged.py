@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .hooks import StockPruning, _follow_reordering
+from .hooks_cache import cache_of
 from .layout import take_entries
 from .methods.staged import Staged
 from .models import Prompt
@@ -65,7 +66,7 @@ class StagedPruning(StockPruning):
             """The layer before a cut has run: what its asked rows attend to."""
             if self._prefilling:
                 normed = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                cache = kwargs.get("past_key_values")
+                cache = cache_of(kwargs)
                 keys = None if cache is None else cache.layers[index].keys
                 rotary = kwargs["position_embeddings"]
                 self._attention = self._now.state.look(self.adapter, index, normed, rotary, keys)
@@ -73,7 +74,7 @@ class StagedPruning(StockPruning):
         return hook
 
     def _prefill_layer(self, index: int, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
-        state, cache = self._now.state, kwargs.get("past_key_values")
+        state, cache = self._now.state, cache_of(kwargs)
         if index in state.stages:
             rows = state.rows
             if self._attention is None:
@@ -96,7 +97,7 @@ class StagedPruning(StockPruning):
         return hidden, {"attention_mask": mask, **self._placed(index, positions, hidden)}
 
     def _decode_layer(self, index: int, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
-        state, layer, new = self._now.state, kwargs["past_key_values"].layers[index], {}
+        state, layer, new = self._now.state, cache_of(kwargs).layers[index], {}
         if state.renumber and index >= self.layer:
             new = self._placed(index, state.positions(index), hidden)
         if self.method.anneals:
@@ -127,7 +128,7 @@ class StagedPruning(StockPruning):
     def _after_layer(self, index: int) -> Any:
         def hook(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
             """The prompt's rows are in the cache: image tokens first, so that those that leave are cut off in front."""
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             if not self._prefilling or cache is None:
                 return
             layer, memory = cache.layers[index], self._now.state.memories[index]
