@@ -62,6 +62,17 @@ def tiny():
     return load_vlm("random:tiny", device="cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_engine_is_left(request):
+    """What a test leaves with the shared model, another would find going: an engine is given back where it is of no use."""
+    model = request.getfixturevalue("tiny")[0] if "tiny" in request.fixturenames else None
+    yield
+    if model is not None:
+        from dyrate_lib.engine import release
+
+        release(model)
+
+
 @pytest.fixture(scope="session")
 def pictures():
     """Four pictures of noise."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,21 @@ def train_alone(out: str | Path, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def log_replies(log: str) -> None:
-    """Appends to a file what each process replies to: its number, the record and the pictures."""
+    """Appends to a file what each process replies to: its number, the record and the pictures.
+
+    A first reply waits until every process has one to make: a process that is late would else find all of them made.
+    """
     real = cells.predict
+
+    def begun() -> set[str]:
+        return {line.split()[0] for line in Path(log).read_text(encoding="utf-8").splitlines() if " replies " in line}
 
     def predict(model: Any, processor: Any, dataset: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{distributed.rank()} replies {method.name} {dataset.name} {kwargs['indices']}\n")
+        until = time.monotonic() + 60
+        while len(begun()) < distributed.size() and time.monotonic() < until:
+            time.sleep(0.05)
         return real(model, processor, dataset, method, *args, **kwargs)
 
     cells.predict = predict
