@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dyrate_lib import InputError, RatePredictor, chat_prompt, generate, load_vlm, model_info, prepare_inputs
+from dyrate_lib import InputError, RatePredictor, chat_prompt, generate, model_info, prepare_inputs
 from dyrate_lib.accounting import flops
 from dyrate_lib.budgets import Settings, actual_tokens, budget, cost_ratio, fit_budget, named, nominal_table
 from dyrate_lib.dimensions import llava_dimensions
@@ -224,11 +224,6 @@ def test_a_method_of_ones_own_takes_part():
 
     with pytest.raises(InputError, match="no setting"):
         budget(Empty(), tokens=300)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_vlm("random:tiny")
 
 
 @pytest.mark.parametrize("name", (*FINE, "vtw", "prumerge+"))

@@ -237,7 +237,7 @@ def test_conclusions_by_condition(helped, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny_study(tmp_path_factory):
     """The tiny model at two pictures and two steps of training, all of it really run."""
     made = open_study(
         "controls", scale="smoke", records="fresh", out=str(tmp_path_factory.mktemp("tiny")), model_small="random:tiny",
@@ -248,21 +248,22 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fed", ["shares", "hidden", "foreign", "step", "none", "oracle"])
-def test_predictors_come_back_from_their_records(tiny, fed):
+def test_predictors_come_back_from_their_records(tiny_study, fed):
     recipe = Recipe(inputs=fed)
-    record = controls_training.train(tiny, "small", recipe)
+    record = controls_training.train(tiny_study, "small", recipe)
     found = controls_training.predictor(record)
     assert found.inputs == fed and found.layer == training_runs.LAYER and len(record["payload"]["history"]) == 2
-    again = controls_training.predictor(controls_training.train(tiny, "small", recipe))
+    again = controls_training.predictor(controls_training.train(tiny_study, "small", recipe))
     assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), again.state_dict().values(), strict=True))
     if fed == "foreign":
         assert len(found.bank) >= 2 and found.bank.dtype == torch.float16 and bool(found.bank.any())
 
 
-def test_the_papers_predictor_is_notebook_02s_record(tiny, monkeypatch):
+def test_the_papers_predictor_is_notebook_02s_record(tiny_study, monkeypatch):
     asked = []
     monkeypatch.setattr(training_runs, "train", lambda *given: asked.append(given))
-    same = dataclasses.replace(tiny, scale=dataclasses.replace(tiny.scale, train_steps=tiny.scale.control_steps))
+    scale = dataclasses.replace(tiny_study.scale, train_steps=tiny_study.scale.control_steps)
+    same = dataclasses.replace(tiny_study, scale=scale)
     controls_training.train(same, "small", Recipe(seed=2))
     assert asked == [(same, "small", 0.333, 2)]
     for recipe in (Recipe(constraint="lagrangian"), Recipe(reversible=True), Recipe(n_rates=10), Recipe(inputs="step")):
@@ -270,12 +271,12 @@ def test_the_papers_predictor_is_notebook_02s_record(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("fed", ["shares", "hidden", "foreign"])
-def test_named_rates_are_those_that_were_in_force(tiny, fed):
+def test_named_rates_are_those_that_were_in_force(tiny_study, fed):
     """Read along the finished reply in one pass; their running maximum is what the loop removed."""
-    model, processor = tiny.model("small")
-    made = controls_training.predictor(controls_training.train(tiny, "small", Recipe(inputs=fed)))
+    model, processor = tiny_study.model("small")
+    made = controls_training.predictor(controls_training.train(tiny_study, "small", Recipe(inputs=fed)))
     made.linear.weight.data.normal_(0, 30 if fed != "hidden" else 3, generator=torch.Generator().manual_seed(1))
-    data = tiny.dataset("late", 3)
+    data = tiny_study.dataset("late", 3)
     replies = predict(model, processor, data, DyRate(made), max_new_tokens=6, batch_size=3, progress=False)
     ((_, inputs),) = batches(model, processor, data, range(3), 3)
     named = controls_needs.named_rates(model, inputs, made, [row["tokens"] for row in replies])
@@ -285,32 +286,32 @@ def test_named_rates_are_those_that_were_in_force(tiny, fed):
     assert len({k for row in named for k in row}) > 1
 
 
-def test_planned_controls_cost_what_the_shares_do(tiny):
-    wanted = controls.reference(tiny, "small", "late")
+def test_planned_controls_cost_what_the_shares_do(tiny_study):
+    wanted = controls.reference(tiny_study, "small", "late")
     for fed in controls.PLANNED:
-        record = controls.control(tiny, "small", "late", fed, 0)
+        record = controls.control(tiny_study, "small", "late", fed, 0)
         assert controls.ratio(record) == pytest.approx(wanted, abs=0.02), fed  # a token of 36 is near that
-    method = controls.control(tiny, "small", "late", "step", 0)["config"]["method"]
+    method = controls.control(tiny_study, "small", "late", "step", 0)["config"]["method"]
     assert method["method"] == "path" and len(method["rates"]) == 64
-    assert controls.control(tiny, "small", "late", "oracle", 0)["config"]["method"]["method"] == "oracle"
-    told = controls_needs.planned_cost(tiny, "small", "late", "step")
-    assert 0 < told <= 1 and controls_needs.planned_cost(tiny, "small", "late", "shares") is None
+    assert controls.control(tiny_study, "small", "late", "oracle", 0)["config"]["method"]["method"] == "oracle"
+    told = controls_needs.planned_cost(tiny_study, "small", "late", "step")
+    assert 0 < told <= 1 and controls_needs.planned_cost(tiny_study, "small", "late", "shares") is None
 
 
-def test_needs_are_kept_and_come_back(tiny, monkeypatch):
-    item = tiny.dataset("late", 3)[0]
+def test_needs_are_kept_and_come_back(tiny_study, monkeypatch):
+    item = tiny_study.dataset("late", 3)[0]
     rows = [{"text": item.references[0], "steps": len(split_words(item.references[0])) + 1}, {"text": "red", "steps": 4}]
-    found = controls_needs.needs(tiny, {"payload": rows}, "late")
+    found = controls_needs.needs(tiny_study, {"payload": rows}, "late")
     known = [need for _, need in annotated_reference(item.meta["scene"], "late", 0)]
     assert found == [[*known, "none"], [None] * 4]
     monkeypatch.setattr(controls_needs, "reply_needs", None)
-    assert controls_needs.needs(tiny, {"payload": rows}, "late") == found
+    assert controls_needs.needs(tiny_study, {"payload": rows}, "late") == found
 
 
-def test_our_method_is_set_for_a_quarter(tiny):
-    method = better.better_method(tiny, "small", "late", "relook, predictor")
+def test_our_method_is_set_for_a_quarter(tiny_study):
+    method = better.better_method(tiny_study, "small", "late", "relook, predictor")
     assert isinstance(method, RelookRate) and method.rates is None and method.layer == better.SETTINGS["layer"]
-    one = better.better_method(tiny, "small", "late")
+    one = better.better_method(tiny_study, "small", "late")
     assert isinstance(one, RelookRate) and len(set(one.rates)) == 1
 
 
@@ -378,7 +379,7 @@ def test_a_store_that_only_reads_needs_no_claims(tmp_path):
     assert not (tmp_path / "controls").exists()
 
 
-def test_constant_is_one_rate_of_the_cost(tiny):
-    record = controls.constant(tiny, "small", "late", 0.8, layer=3)
+def test_constant_is_one_rate_of_the_cost(tiny_study):
+    record = controls.constant(tiny_study, "small", "late", 0.8, layer=3)
     assert record["config"]["method"]["layer"] == 3 and record["config"]["method"]["method"] == RatePath.name
     assert controls.ratio(record) == pytest.approx(0.8, abs=0.02)
