@@ -15,6 +15,7 @@ from .methods import (
     DyRate,
     FastV,
     LayerTopK,
+    MergeRate,
     Method,
     NoReduction,
     PruMerge,
@@ -36,8 +37,8 @@ __version__ = "0.3.4"
 
 __all__ = [
     "ST3", "VTW", "BeforeLLM", "CDPruner", "DepthPrune", "DivPrune", "DyRate", "DyRateError", "FastV",
-    "GenerationOutput", "InputError", "LayerTopK", "Method", "NoReduction", "PruMerge", "PruMergePlus", "PyramidDrop",
-    "RandomPrune", "RatePath", "RatePredictor", "RecordError", "RelookRate", "ResourceError", "SparseVLM", "Trace", "VisionZip",
+    "GenerationOutput", "InputError", "LayerTopK", "MergeRate", "Method", "NoReduction", "PruMerge", "PruMergePlus",
+    "PyramidDrop", "RandomPrune", "RatePath", "RatePredictor", "RecordError", "RelookRate", "ResourceError", "SparseVLM", "Trace", "VisionZip",
     "actual_tokens", "attention_shares", "budget", "chat_prompt", "clip_text", "generate", "load_vlm", "model_info",
     "prepare_inputs", "vtw_search",
 ]  # fmt: skip

@@ -61,9 +61,9 @@ def _scaled(share: float, scale: float) -> float:
 
 
 def _path(method: Any, n_image: int, n_layers: int) -> Settings:
-    """RatePath, and RelookRate with a schedule: every kept share times one factor, until all keep all."""
+    """RatePath, and RelookRate and MergeRate with a schedule: every kept share times one factor, until all keep all."""
     if method.rates is None:
-        raise InputError("RelookRate: a predictor's budget is set in training; give rates to search their scale.")
+        raise InputError(f"{type(method).__name__}: a predictor's budget is set in training; give rates to search their scale.")
     nested = not isinstance(method.rates[0], int | float)
     flat = [rate for row in (method.rates if nested else [method.rates]) for rate in row]
     least = max(min(1.0 - max(flat), 1.0), 1e-3)
@@ -167,8 +167,8 @@ def _ratio(method: Any, n_image: int, n_layers: int) -> Settings:
 
 
 KNOWN: dict[str, Callable[[Any, int, int], Settings]] = {
-    "none": _only, "fastv": _rate, "random": _rate, "vtw": _layer, "path": _path, "relook": _path, "depth": _depth,
-    "sparsevlm": _counts, "pyramiddrop": _pyramid, "st3": _rho, "visionzip": _dominant, "prumerge": _fixed_ratio,
+    "none": _only, "fastv": _rate, "random": _rate, "vtw": _layer, "path": _path, "relook": _path, "merge": _path,
+    "depth": _depth, "sparsevlm": _counts, "pyramiddrop": _pyramid, "st3": _rho, "visionzip": _dominant, "prumerge": _fixed_ratio,
     "prumerge+": _fixed_ratio, "divprune": _ratio, "cdpruner": _ratio, "layer-topk": _tokens,
 }  # fmt: skip
 

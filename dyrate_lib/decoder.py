@@ -107,7 +107,7 @@ class PrunedDecoder:
                     )
                     state.reads = state.present
                 else:
-                    state.start(self.shares, self._scores(), x[:, -1] if self.method.wants_hidden else None)
+                    self._choose(x)
         return self.adapter.logits(x[:, -1])
 
     @torch.no_grad()
@@ -134,6 +134,10 @@ class PrunedDecoder:
                 if self.layer < adapter.n_layers:
                     state.advance(self.shares, self._scores, x.flatten(1) if self.method.wants_hidden else None)
         return step.logits(x)
+
+    def _choose(self, x: Tensor) -> None:
+        """Let the method order the tokens and say how many stay, with x [B, T, D] about to enter layer P."""
+        self.state.start(self.shares, self._scores(), x[:, -1] if self.method.wants_hidden else None)
 
     # -- what a query row sees ------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ WIDTH_PAGE = 7.16  # inches, both columns
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-GREY, CRIMSON, OCHRE = "#8C8C8C", "#B2182B", "#8C510A"
+GREY, CRIMSON, OCHRE, VIOLET = "#8C8C8C", "#B2182B", "#8C510A", "#6A3D9A"
 # Paul Tol's muted scheme, for the methods that Okabe and Ito's eight colours do not suffice for
 INDIGO, FOREST, WINE, ROSE, OLIVE, BROWN, TEAL, MAGENTA = (
     "#332288", "#117733", "#882255", "#CC6677", "#999933", "#661100", "#44AA99", "#AA4499",
@@ -44,6 +44,7 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "vtw": ("VTW", ORANGE, "v", "-."),
     "dyrate": ("DyRate", VERMILION, "^", "-"),
     "relook": ("RelookRate (ours)", CRIMSON, "o", "-"),
+    "merge": ("MergeRate (ours)", VIOLET, "P", "-"),
     "layer-topk": ("LayerTopK (ours)", OCHRE, "D", "-"),
     "fixed": ("Fixed rate (FP)", GREEN, "P", "--"),
     "depth": ("Depth-based (DP)", PURPLE, "*", "-."),

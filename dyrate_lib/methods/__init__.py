@@ -7,6 +7,7 @@ from .divprune import DivPrune
 from .dyrate import DyRate
 from .fastv import FastV
 from .layer_topk import LayerTopK
+from .merge import MergeRate
 from .none import NoReduction
 from .prumerge import PruMerge, PruMergePlus
 from .pyramiddrop import PyramidDrop
@@ -29,6 +30,7 @@ __all__ = [
     "DyRate",
     "FastV",
     "LayerTopK",
+    "MergeRate",
     "Method",
     "NoReduction",
     "PruMerge",

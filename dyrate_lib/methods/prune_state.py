@@ -36,9 +36,11 @@ class PruneState:
         self.slots: dict[int, int] = {}
         self._extents: dict[int, tuple[int, int]] = {}
 
-    def start(self, shares: Tensor, scores: Tensor, hidden: Tensor | None = None) -> None:
-        """Order the tokens and choose how many stay for the prompt. shares [B, H, 4]; scores [B, N]; hidden [B, D] or None."""
-        view = PrefillView(scores, shares, self.n_image, self.content_key, hidden)
+    def start(
+        self, shares: Tensor, scores: Tensor, hidden: Tensor | None = None, tokens: Tensor | None = None
+    ) -> None:
+        """Order the tokens and choose how many stay for the prompt. Arguments as `PrefillView`'s."""
+        view = PrefillView(scores, shares, self.n_image, self.content_key, hidden, tokens)
         order = self.method.order(view)
         # absent tokens last, whatever the method says
         late = torch.gather(~self.present, 1, order).long()
