@@ -6,7 +6,6 @@ The curves of `equal_budget` on more budgets and pictures; cells that other tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..budgets import Fit
 from . import front_predictors
@@ -141,8 +140,3 @@ def _jobs(study: Study, key: str, role: str) -> list[Job]:
 def compute(study: Study, models_asked: Sequence[str] | None = None) -> list[Record]:
     """Every predictor and cell of the fronts, of some models only if given; processes that share the store share the work."""
     return work_off(study, jobs(study, [key for key in models(study) if models_asked is None or key in models_asked]))
-
-
-def quantities(study: Study) -> dict[str, Any]:
-    """C5's quantities for every target (see `front_predictors`)."""
-    return front_predictors.quantities(study)
