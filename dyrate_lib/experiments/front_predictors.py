@@ -16,7 +16,7 @@ from ..methods import RatePath
 from . import training_runs
 from .benchmarks import remembered
 from .context import Record, Study
-from .equal_budget import run_shape
+from .equal_budget import models, run_shape
 from .summaries import mean_with_interval, show_interval
 from .training_tables import ratios
 
@@ -47,11 +47,6 @@ def _lowest(study: Study, key: str, role: str) -> float:
         )  # fmt: skip
 
     return remembered(study, ("reach", key, role), search)
-
-
-def models(study: Study) -> tuple[str, ...]:
-    """The models whose budgets are looked at: both sizes, at smoke scale the small one alone."""
-    return study.keys if study.scale.name == "full" else study.keys[:1]
 
 
 def targets(study: Study, key: str) -> tuple[float, ...]:
