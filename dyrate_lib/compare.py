@@ -134,12 +134,18 @@ def summary_line(verdicts: Mapping[str, Verdict]) -> str:
 
 
 def save_quantities(measured: Mapping[str, Any], notebook: str, folder: Path | str) -> Path:
-    """Write a notebook's quantities to `folder/quantities_<notebook>.json`, sorted, atomically. InputError if malformed."""
-    known = {q for c in [*claims().values(), *claims(beyond=True).values()] for q in c.quantities}
+    """Write a notebook's quantities to `folder/quantities_<notebook>.json`, sorted, atomically.
+
+    Raises:
+        InputError: one is malformed, or no check reads it, or the claim that does names another notebook: two must not save one.
+    """
+    known = {q: c.notebook for c in [*claims().values(), *claims(beyond=True).values()] for q in c.quantities}
     plain = {}
     for name, value in sorted(measured.items()):
         if name not in known:
             raise InputError(f"no check in {FIRST} or {BEYOND} reads {name!r}: misspelt? See dyrate_lib.compare.claims()")
+        if known[name] != notebook:
+            raise InputError(f"{name!r} is for notebook {known[name]} to save, not for {notebook}: see its claim in data/paper")
         q = Quantity.of(value)
         plain[name] = {k: v for k, v in vars(q).items() if v is not None}
     file = Path(folder) / f"quantities_{notebook}.json"

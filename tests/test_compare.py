@@ -229,18 +229,24 @@ def test_the_templates_name_quantities_that_the_checks_read():
 
 
 def test_quantities_survive_a_round_trip_and_a_clash_is_found(tmp_path):
-    q = {"c6.7b.flops_share": 1e-7, "c2.base.coco.vtw_loss": {"mean": 0.3, "lo": 0.2, "hi": 0.4, "n": 500}}
-    file = compare.save_quantities(q, "03_benchmarks", tmp_path)
+    q = {"c6.7b.flops_share": 1e-7, "c4.7b.dyrate_over_vtw": {"mean": 0.9, "lo": 0.8, "hi": 1.0, "n": 12}}
+    file = compare.save_quantities(q, "04_efficiency", tmp_path)
     before = file.read_bytes()
     assert compare.load_quantities(tmp_path) == {**q, "c6.7b.flops_share": {"mean": 1e-7}}
-    assert compare.save_quantities(dict(reversed(q.items())), "03_benchmarks", tmp_path).read_bytes() == before
-    compare.save_quantities({"c6.7b.flops_share": 1e-7}, "04_efficiency", tmp_path)
+    assert compare.save_quantities(dict(reversed(q.items())), "04_efficiency", tmp_path).read_bytes() == before
+    (tmp_path / "quantities_03_benchmarks.json").write_bytes(before)
     with pytest.raises(InputError, match="two quantities files"):
         compare.load_quantities(tmp_path)
     later = {"c11.small.late.shares_minus_step": {"mean": 1.0, "lo": 0.0, "hi": 2.0, "n": 1000}}
-    assert compare.load_quantities(compare.save_quantities(later, "x", tmp_path / "later").parent) == later
+    assert compare.load_quantities(compare.save_quantities(later, "05_ablations", tmp_path / "later").parent) == later
     with pytest.raises(InputError, match="misspelt"):
-        compare.save_quantities({"c2.smal.coco.vtw_loss": 1.0}, "x", tmp_path)
+        compare.save_quantities({"c2.smal.coco.vtw_loss": 1.0}, "03_benchmarks", tmp_path)
+
+
+def test_a_quantity_is_saved_by_the_notebook_of_its_claim_alone(tmp_path):
+    with pytest.raises(InputError, match="notebook 02_training to save, not for 03_benchmarks"):
+        compare.save_quantities({"c5.small.t0.5.abs_error_max": {"mean": 0.01, "n": 200}}, "03_benchmarks", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_summary_line_counts_and_names():

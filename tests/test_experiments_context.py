@@ -230,9 +230,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 def test_every_notebook_with_records_has_its_module():
     import importlib
 
-    for module in MODULES.values():
+    for name, module in MODULES.items():
         found = importlib.import_module(f"dyrate_lib.experiments.{module}")
-        assert callable(found.compute) and callable(found.quantities)
+        assert callable(found.compute)
+        assert not name[0].isdigit() or callable(found.quantities)  # a part of a notebook may measure nothing
 
 
 def test_java_starts_once_for_all_replies_that_are_known(tmp_path, monkeypatch):

@@ -171,6 +171,29 @@ def test_quantities_are_those_that_the_claims_ask_for(helped):
         assert "lo" not in value or value["lo"] <= value["mean"] <= value["hi"], name
 
 
+def test_quantities_have_what_their_checks_need_and_too_few_pictures_judge_nothing(helped):
+    """Those without an interval too: the gaps of FLOPs are read by their estimate, and from enough pictures alone."""
+    found = controls.quantities(helped)
+    checks = [check for claim in claims(beyond=True).values() for check in claim.checks if check.quantity in found]
+    assert {"flops_gap_max", "flops_ratio"} == {c.quantity.rsplit(".", 1)[1] for c in checks if "lo" not in found[c.quantity]}
+    for check in checks:
+        value = found[check.quantity]
+        assert check.outcome({check.quantity: value})[0] is None and value["n"] == 30  # of 500 needed
+        assert check.outcome({check.quantity: {**value, "n": 499}})[0] is None
+        assert check.outcome({check.quantity: {**value, "n": 500}})[0] in (True, False)
+        assert check.outcome({check.quantity: value["mean"]})[0] is None  # a bare number
+
+
+def test_a_cost_that_is_not_known_does_not_pass_for_equal(helped, monkeypatch):
+    costs = {"shares": 0.34, "step": 0.34, "none": float("nan"), "foreign": 0.34, "oracle": 0.34}
+    monkeypatch.setattr(controls_numbers, "fed", lambda study, key, role, kind: SimpleNamespace(cost=costs[kind]))
+    gap = controls_numbers.cost_gap(helped, "small", "late", ("step", "none", "foreign", "oracle"))
+    check = next(c for c in claims(beyond=True)["C11"].checks if c.quantity == "c11.small.late.flops_gap_max")
+    assert check.outcome({check.quantity: {"mean": gap, "n": 1000}})[0] is None
+    costs["none"] = 0.36
+    assert controls_numbers.cost_gap(helped, "small", "late", ("step", "none")) == pytest.approx(0.02)
+
+
 def test_more_to_see(helped, monkeypatch):
     seen = [{"id": str(i), "objects": 1 + i % 5, "clutter": float(i)} for i in range(30)]
     monkeypatch.setattr(controls_needs, "scenes", lambda study, role: {"payload": seen})

@@ -12,6 +12,7 @@ from dyrate_lib.experiments.summaries import (
     asked_for,
     change_between_thirds,
     difference_with_interval,
+    largest,
     mean_course,
     mean_with_interval,
     show_interval,
@@ -64,6 +65,11 @@ def test_intervals_hold_the_estimate_and_shrink_with_n():
 
 def test_show_interval():
     assert show_interval({"mean": 1, "lo": 0.5, "hi": 2.25}, 2) == "1.00 [0.50, 2.25]"
+
+
+def test_the_worst_case_is_unknown_if_one_case_is():
+    assert largest([0.5, 0.25]) == 0.5 and largest(x for x in (-1, -2)) == -1
+    assert np.isnan(largest([0.01, np.nan, 0.0])) and max([0.01, np.nan, 0.0]) == 0.01
 
 
 def test_verdicts_follow_the_written_criteria():

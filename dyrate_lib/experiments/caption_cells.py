@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from . import benchmarks, equal_budget
 from .benchmarks import EXTRAS, caption_methods, matched_random, refreshed_fastv, refreshed_models
@@ -97,8 +96,3 @@ def compute(study: Study, models: Sequence[str] | None = None) -> list[Record]:
     What pruning itself costs is not among them: it is timed, and wants the device for itself.
     """
     return work_off(study, jobs(study, tuple(models or study.keys)))
-
-
-def quantities(study: Study) -> dict[str, Any]:
-    """C2, C3 and version 1's C10, as `benchmarks`."""
-    return benchmarks.quantities(study)

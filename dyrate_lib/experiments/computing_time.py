@@ -26,7 +26,7 @@ LIMIT = 60.0  # minutes on one GPU, for everything
 # notebook -> the modules whose compute(study) makes its records; those that a version lacks are passed over
 PARTS: dict[str, tuple[str, ...]] = {
     "01_attention_analysis": ("attention",), "02_training": ("training_runs",),
-    "03_benchmarks": ("benchmarks", "short_answers", "caption_cells", "fronts"), "04_efficiency": ("efficiency",),
+    "03_benchmarks": ("caption_cells", "short_answers", "fronts", "pruning_cost"), "04_efficiency": ("efficiency",),
     "05_ablations": ("ablations", "controls"), "06_visualization": ("visualization",),
 }  # fmt: skip
 HEADS = "00_scenes_vlm/heads"  # the records of notebook 00, which has no compute(study)

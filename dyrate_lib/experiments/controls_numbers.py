@@ -15,7 +15,7 @@ from .benchmarks import remembered
 from .context import Record, Study
 from .controls_needs import following, more_to_see
 from .equal_cost import at_cost, slope
-from .summaries import Quantity, difference_with_interval
+from .summaries import Quantity, difference_with_interval, largest
 
 AGAINST = ("step", "none", "foreign")  # what C11 compares the shares with
 FINALITY_ROLES = ("flickr30k", "late")  # C13
@@ -98,7 +98,7 @@ def share_of_gap(study: Study, key: str, role: str) -> Quantity:
 def cost_gap(study: Study, key: str, role: str, kinds: Sequence[str]) -> float:
     """Largest difference between the FLOPs ratio of any control and that of the shares, as run."""
     first = fed(study, key, role, "shares").cost
-    return max(abs(fed(study, key, role, kind).cost - first) for kind in kinds)
+    return largest(abs(fed(study, key, role, kind).cost - first) for kind in kinds)
 
 
 def point_of_flops(study: Study, key: str, role: str) -> float:
@@ -154,7 +154,7 @@ def finality_quantities(study: Study) -> dict[str, Any]:
             found = relative(study, final.equal, other.equal)
             if found is not None:
                 out[f"c13.{key}.{role}.final_against_{name}"] = found
-        gap = max(abs(other.cost - final.cost) for other in others.values())
+        gap = largest(abs(other.cost - final.cost) for other in others.values())
         out[f"c13.{key}.{role}.flops_gap_max"] = {"mean": gap, "n": int(final.raw.size)}
     return out
 

@@ -229,17 +229,20 @@ def _curve(study: Study, key: str, role: str) -> list[Point]:
             else:
                 cell = study.captions(key, role, found.method, n=n)
             out.append(Point(rival.key, level, Row(rival.key, rival.label, rival.style, (cell,))))
-    return out + [
-        Point("dyrate", target, Row("dyrate", "DyRate", "dyrate", _trained(study, key, role, target, n)))
-        for target in _targets(study, role, key)
-    ]
+    for target in _targets(study, role, key):
+        cells = dyrate_cells(study, key, role, target, n, whole=role != "questions" or target == BUDGET)
+        out.append(Point("dyrate", target, Row("dyrate", "DyRate", "dyrate", cells)))
+    return out
 
 
-def _trained(study: Study, key: str, role: str, target: float, n: int) -> tuple[Record, ...]:
-    """DyRate at a target: every seed at the paper's budget, else the first. Cells that other tables have are cut to n."""
-    seeds = study.scale.predictor_seeds[: None if target == BUDGET else 1]
-    whole = role != "questions" or target == BUDGET
-    made = [study.method("dyrate", key, target=target, seed=seed) for seed in seeds]
+def dyrate_seeds(study: Study, target: float) -> tuple[int, ...]:
+    """The seeds that a curve shows a target by: every one at the paper's budget, else the first."""
+    return study.scale.predictor_seeds[: None if target == BUDGET else 1]
+
+
+def dyrate_cells(study: Study, key: str, role: str, target: float, n: int, whole: bool) -> tuple[Record, ...]:
+    """DyRate at a target on the first n pictures of a set. whole: other tables have these cells, so they are cut to n."""
+    made = [study.method("dyrate", key, target=target, seed=seed) for seed in dyrate_seeds(study, target)]
     return tuple(part(study.captions(key, role, method, n=None if whole else n), n) for method in made)
 
 
@@ -255,12 +258,16 @@ def _targets(study: Study, role: str, key: str) -> tuple[float, ...]:
 
 def unreached(study: Study) -> list[tuple[str, str, str, Fit]]:
     """(rival, model, set, what its settings reach) of the budgets of the curves that a method cannot meet."""
+    return missed(study, [(key, role, levels(study, role, key)) for key in models(study) for role in curve_roles(study)])
+
+
+def missed(study: Study, asked: Sequence[tuple[str, str, Sequence[float]]]) -> list[tuple[str, str, str, Fit]]:
+    """(rival, model, set, what its settings reach) of the budgets that a method cannot meet, of (model, set, budgets)."""
     return [
         (rival.key, key, role, found)
-        for key in models(study)
-        for role in curve_roles(study)
+        for key, role, budgets in asked
         for rival in RIVALS
-        for level in levels(study, role, key)
+        for level in budgets
         if not reaches(found := fit(study, key, role, rival, level))
     ]
 

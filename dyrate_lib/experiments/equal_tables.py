@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..budgets import Fit
 from ..compare import load_paper
 from ..metrics import exact_match
 from ..plotting import METHODS, WIDTH_PAGE
@@ -33,6 +35,7 @@ from .equal_budget import (
 from .summaries import difference_with_interval, mean_with_interval, show_interval
 
 TITLES = {"coco": "short captions", "flickr30k": "narrative captions", "late": "late captions", "questions": "questions"}
+MISSED = ["model", "method", "asked for, %", "from %", "to %"]
 
 
 def quality(study: Study, row: Row, role: str) -> np.ndarray:
@@ -251,10 +254,15 @@ def _draw(ax: Any, lines: pd.DataFrame, style: str) -> Any:
 
 def unreached_table(study: Study) -> pd.DataFrame:
     """Which budgets of the curves are out of a method's reach, and what its settings reach on that model."""
-    found: dict[tuple[str, str], list[Any]] = {}
-    for name, key, _, asked in unreached(study):
+    return pd.DataFrame(missed_rows(study, unreached(study)), columns=MISSED)
+
+
+def missed_rows(study: Study, missed: Sequence[tuple[str, str, str, Fit]]) -> list[dict[str, Any]]:
+    """A row of `MISSED` for each model and method of what `equal_budget.missed` found."""
+    found: dict[tuple[str, str], list[Fit]] = {}
+    for name, key, _, asked in missed:
         found.setdefault((key, name), []).append(asked)
-    rows = [
+    return [
         {
             "model": study.label(key), "method": BY_KEY[name].label,
             "asked for, %": ", ".join(f"{value:g}" for value in sorted({100 * fit.wanted for fit in fits})),
@@ -262,7 +270,6 @@ def unreached_table(study: Study) -> pd.DataFrame:
         }
         for (key, name), fits in found.items()
     ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["model", "method", "asked for, %", "from %", "to %"])
 
 
 def equal_findings(study: Study) -> str:

@@ -1,9 +1,11 @@
-"""Predictors along budgets: what DyRate can reach, which targets are trained for, and how near training comes to them (C5)."""
+"""Predictors along budgets: what DyRate can reach, which targets are trained for, and how near training comes to them.
+
+C5 itself is notebook 02's: it asks for the worst of the three seeds at Table II's targets, and most targets here have one seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from ..methods import RatePath
 from . import training_runs
 from .benchmarks import remembered
 from .context import Record, Study
-from .equal_budget import run_shape
+from .equal_budget import models, run_shape
 from .summaries import mean_with_interval, show_interval
 from .training_tables import ratios
 
@@ -45,11 +47,6 @@ def _lowest(study: Study, key: str, role: str) -> float:
         )  # fmt: skip
 
     return remembered(study, ("reach", key, role), search)
-
-
-def models(study: Study) -> tuple[str, ...]:
-    """The models whose budgets are looked at: both sizes, at smoke scale the small one alone."""
-    return study.keys if study.scale.name == "full" else study.keys[:1]
 
 
 def targets(study: Study, key: str) -> tuple[float, ...]:
@@ -91,7 +88,7 @@ def schedule(study: Study, key: str, target: float, seed: int) -> Record:
     return training_runs.schedule(study, key, target, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------------ C5
+# --------------------------------------------------------------------------------------------------- budgets met
 
 
 def budget_table(study: Study) -> pd.DataFrame:
@@ -142,14 +139,3 @@ def budget_findings(study: Study) -> str:
             f"{lowest:.1f} %: {', '.join(out) or 'none'}"
         )
     return "\n".join(lines)
-
-
-def quantities(study: Study) -> dict[str, Any]:
-    """c5.{model}.t{target}.abs_error_max of every target trained for: the worst seed, as in claims.yaml."""
-    out: dict[str, Any] = {}
-    for key in models(study):
-        for target in targets(study, key):
-            found = [ratios(schedule(study, key, target, seed)) for seed in seeds(study, target)]
-            worst = max(abs(float(np.mean(each)) - target) for each in found)
-            out[f"c5.{key}.t{target:g}.abs_error_max"] = {"mean": worst, "n": len(found[0])}
-    return out

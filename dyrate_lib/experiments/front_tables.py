@@ -17,10 +17,10 @@ from ..stats import bootstrap_means
 from .benchmark_tables import cider, per_picture
 from .benchmarks import remembered
 from .context import Study
-from .equal_budget import BY_KEY, Point
-from .equal_tables import TITLES, _draw
+from .equal_budget import BY_KEY, Point, models
+from .equal_tables import MISSED, TITLES, _draw, missed_rows
 from .front_predictors import reach
-from .fronts import models, points, roles, unreached
+from .fronts import points, roles, unreached
 from .summaries import difference_with_interval, mean_with_interval, show_interval
 
 CONVENTIONS = ("paper", "cached")
@@ -166,15 +166,7 @@ def _range(curves: dict[str, tuple[list[float], np.ndarray]]) -> tuple[float, fl
 
 def unreached_table(study: Study) -> pd.DataFrame:
     """Budgets out of a method's reach, what its settings reach, and DyRate's own reach on each set."""
-    found: dict[tuple[str, str], list[Any]] = {}
-    for name, key, _, asked in unreached(study):
-        found.setdefault((key, name), []).append(asked)
-    rows = [
-        {"model": study.label(key), "method": BY_KEY[name].label,
-         "asked for, %": ", ".join(f"{value:g}" for value in sorted({100 * fit.wanted for fit in fits})),
-         "from %": 100 * min(fit.lowest for fit in fits), "to %": 100 * max(fit.highest for fit in fits)}
-        for (key, name), fits in found.items()
-    ]  # fmt: skip
+    rows = missed_rows(study, unreached(study))
     for key in models(study):
         ends = [reach(study, key, role) for role in roles(study)]
         missed = [t for t in study.scale.front_targets if t < min(low for low, _ in ends)]
@@ -182,7 +174,7 @@ def unreached_table(study: Study) -> pd.DataFrame:
             {"model": study.label(key), "method": "DyRate", "asked for, %": ", ".join(f"{100 * t:g}" for t in missed) or "–",
              "from %": 100 * min(low for low, _ in ends), "to %": 100 * max(high for _, high in ends)}
         )  # fmt: skip
-    return pd.DataFrame(rows, columns=["model", "method", "asked for, %", "from %", "to %"])
+    return pd.DataFrame(rows, columns=MISSED)
 
 
 # ----------------------------------------------------------------------------------------------------------- figure

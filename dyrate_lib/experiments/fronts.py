@@ -6,16 +6,14 @@ The curves of `equal_budget` on more budgets and pictures; cells that other tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..budgets import Fit
-from . import front_predictors
+from . import equal_budget, front_predictors
 from .benchmarks import Row, remembered
 from .context import Record, Study
-from .equal_budget import BY_KEY, RIVALS, SMOKE, Point, Rival, equal_n, fit, part, reaches
-from .front_predictors import FAMILIES, ensure, models, targets
+from .equal_budget import Point, Rival, equal_n, fit, missed, models, part, reaches, rivals
+from .front_predictors import FAMILIES, ensure, targets
 from .sharing import Job, work_off
-from .training_runs import BUDGET
 
 
 def roles(study: Study) -> tuple[str, ...]:
@@ -33,27 +31,15 @@ def n_pictures(study: Study, role: str) -> int:
     return min(study.scale.n_front, len(study.dataset(role)))
 
 
-def chosen(study: Study) -> tuple[Rival, ...]:
-    """The rivals; at smoke scale a few of them."""
-    return RIVALS if study.scale.name == "full" else tuple(BY_KEY[name] for name in SMOKE)
-
-
 def settings(study: Study, key: str, role: str) -> list[tuple[Rival, float]]:
     """The rivals with the budgets that they reach."""
-    pairs = [(rival, level) for rival in chosen(study) for level in levels(study, role)]
+    pairs = [(rival, level) for rival in rivals(study, all_of=False) for level in levels(study, role)]
     return [pair for pair in pairs if reaches(fit(study, key, role, *pair))]
 
 
 def unreached(study: Study) -> list[tuple[str, str, str, Fit]]:
     """(rival, model, set, what its settings reach) of the budgets that a method has no setting for."""
-    return [
-        (rival.key, key, role, found)
-        for key in models(study)
-        for role in roles(study)
-        for rival in RIVALS
-        for level in levels(study, role)
-        if not reaches(found := fit(study, key, role, rival, level))
-    ]
+    return missed(study, [(key, role, levels(study, role)) for key in models(study) for role in roles(study)])
 
 
 def rival_cell(study: Study, key: str, role: str, rival: Rival, level: float) -> Record:
@@ -64,14 +50,11 @@ def rival_cell(study: Study, key: str, role: str, rival: Rival, level: float) ->
 
 
 def dyrate_cells(study: Study, key: str, role: str, target: float) -> tuple[Record, ...]:
-    """Replies of DyRate at a target: every seed at the paper's budget, else the first; those of Table II are cut."""
-    n, whole = n_pictures(study, role), target in study.scale.targets
-    cells = []
-    for seed in study.scale.predictor_seeds[: None if target == BUDGET else 1]:
+    """Replies of DyRate at a target whose predictors are made sure of; those of Table II are cut."""
+    for seed in equal_budget.dyrate_seeds(study, target):
         ensure(study, key, target, seed)
-        method = study.method("dyrate", key, target=target, seed=seed)
-        cells.append(part(study.captions(key, role, method, n=None if whole else n), n))
-    return tuple(cells)
+    whole = target in study.scale.targets
+    return equal_budget.dyrate_cells(study, key, role, target, n_pictures(study, role), whole)
 
 
 def original(study: Study, key: str, role: str) -> Row:
@@ -121,7 +104,7 @@ def _jobs(study: Study, key: str, role: str) -> list[Job]:
     """What is out of reach is found out when a job runs, as it takes the unpruned model's replies to know."""
     name = f"{study.model_name(key)}/{role}/{study.scale.n_front}"
     found = [Job(f"{name}/original", lambda: list(original(study, key, role).cells))]
-    for rival in chosen(study):
+    for rival in rivals(study, all_of=False):
         for level in levels(study, role):
 
             def run(rival: Rival = rival, level: float = level) -> list[Record]:
@@ -141,8 +124,3 @@ def _jobs(study: Study, key: str, role: str) -> list[Job]:
 def compute(study: Study, models_asked: Sequence[str] | None = None) -> list[Record]:
     """Every predictor and cell of the fronts, of some models only if given; processes that share the store share the work."""
     return work_off(study, jobs(study, [key for key in models(study) if models_asked is None or key in models_asked]))
-
-
-def quantities(study: Study) -> dict[str, Any]:
-    """C5's quantities for every target (see `front_predictors`)."""
-    return front_predictors.quantities(study)

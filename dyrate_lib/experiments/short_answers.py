@@ -15,7 +15,7 @@ from ..scenes.tasks import PROMPTS_A_PICTURE, base_task
 from .benchmarks import Row, remembered
 from .cells import Record
 from .context import Study
-from .equal_budget import BY_KEY, Rival, fit, reaches, rivals
+from .equal_budget import BY_KEY, Rival, fit, models, reaches, rivals
 from .roles import TABLE1
 from .sharing import Job, work_off
 from .training_runs import LAYER, kept_for_ratio
@@ -31,11 +31,6 @@ DYRATE = ("dyrate", "DyRate (target 0.333)", "dyrate")
 CONSTANT = ("constant", "Fixed rate at DyRate's cost", "fixed")
 BOTH_PROTOCOLS = ("original", "fastv-2", "dyrate")
 AT_BUDGET = "equal:"  # what the keys of rivals at equal budget begin with
-
-
-def models(study: Study) -> tuple[str, ...]:
-    """The models of these tables: both sizes, at smoke scale the small one alone."""
-    return study.keys if study.scale.name == "full" else study.keys[:1]
 
 
 def tasks(study: Study) -> tuple[str, ...]:

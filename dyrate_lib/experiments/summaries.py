@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,11 @@ def mean_course(courses: Sequence[Any], least: float = 0.5) -> dict[str, np.ndar
     half = 1.96 * deviation / np.sqrt(n)
     p10, p90 = np.nanquantile(table, [0.1, 0.9], axis=0)
     return {"step": np.arange(last), "mean": mean, "lo": mean - half, "hi": mean + half, "p10": p10, "p90": p90, "n": n}
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; NaN if one is, which max() may pass over: then a check on the worst case would hold for want of a number."""
+    return float(np.max(list(values)))
 
 
 def percent(quantity: Mapping[str, float]) -> Quantity:

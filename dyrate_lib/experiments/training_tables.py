@@ -14,7 +14,7 @@ from ..compare import load_paper
 from ..plotting import BLACK, BLUE, GREY, ORANGE, PURPLE, VERMILION, WIDTH_PAGE
 from . import training_runs as runs
 from .context import Record, Study
-from .summaries import difference_with_interval, mean_course, mean_with_interval, show_interval
+from .summaries import difference_with_interval, largest, mean_course, mean_with_interval, show_interval
 
 TARGET_COLORS = {0.5: BLUE, 0.333: VERMILION, 0.2: PURPLE}
 _LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
@@ -121,7 +121,7 @@ def budget_quantities(study: Study, cells: Cells) -> dict[str, Any]:
     for key, target, _ in cells:
         seeds = [record for (k, t, _), record in cells.items() if (k, t) == (key, target)]
         errors = [abs(float(ratios(record).mean()) - target) for record in seeds]
-        out[f"c5.{key}.t{target:g}.abs_error_max"] = {"mean": max(errors), "n": len(seeds[0]["payload"])}
+        out[f"c5.{key}.t{target:g}.abs_error_max"] = {"mean": largest(errors), "n": len(seeds[0]["payload"])}
     return out
 
 
@@ -270,11 +270,12 @@ def quantities(study: Study) -> dict[str, Any]:
     trained = runs.trained_cells(study)
     out = budget_quantities(study, runs.schedules(study))
     masked = runs.masked_against_discarded(study)["payload"]["differences"]
-    out["f3.masked_minus_discarded"] = {"mean": max(masked), "n": len(masked)}
+    out["f3.masked_minus_discarded"] = {"mean": largest(masked), "n": len(masked)}
     for key in study.keys:
         seeds = [record for (k, target, _), record in trained.items() if k == key and target == runs.BUDGET]
         if seeds:
-            out[f"f3.{key}.objective_drop"] = {"mean": min(map(objective_drop, seeds)), "n": len(history(seeds[0]))}
+            worst = -largest(-objective_drop(record) for record in seeds)
+            out[f"f3.{key}.objective_drop"] = {"mean": worst, "n": len(history(seeds[0]))}
         dyrate, fixed = _dyrate_and_fixed(study, key)
         out[f"f3.{key}.dyrate_minus_fixed"] = difference_with_interval(
             dyrate, fixed[0], study.scale.bootstrap, study.seed
