@@ -38,7 +38,7 @@ __version__ = "0.3.4"
 __all__ = [
     "ST3", "VTW", "BeforeLLM", "CDPruner", "DepthPrune", "DivPrune", "DyRate", "DyRateError", "FastV",
     "GenerationOutput", "InputError", "LayerTopK", "MergeRate", "Method", "NoReduction", "PruMerge", "PruMergePlus",
-    "PyramidDrop", "RandomPrune", "RatePath", "RatePredictor", "RecordError", "RelookRate", "ResourceError", "SparseVLM", "Trace", "VisionZip",
-    "actual_tokens", "attention_shares", "budget", "chat_prompt", "clip_text", "generate", "load_vlm", "model_info",
+    "PyramidDrop", "RandomPrune", "RatePath", "RatePredictor", "RecordError", "RelookRate", "ResourceError", "SparseVLM", "Trace",
+    "VisionZip", "actual_tokens", "attention_shares", "budget", "chat_prompt", "clip_text", "generate", "load_vlm", "model_info",
     "prepare_inputs", "vtw_search",
 ]  # fmt: skip
