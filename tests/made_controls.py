@@ -16,7 +16,7 @@ import numpy as np
 from dyrate_lib.datasets import open_dataset
 from dyrate_lib.evaluate import describe, predictor_hash
 from dyrate_lib.experiments import controls_training, equal_cost, generality, open_study
-from dyrate_lib.methods import DyRate, RatePath, RelookRate
+from dyrate_lib.methods import DyRate, MergeRate, RatePath, RelookRate
 from dyrate_lib.scenes import image_need, reply_needs
 from dyrate_lib.scenes.captions import split_words
 
@@ -40,11 +40,13 @@ class MadeUp:
         return self._replies(key, role, config["method"], json.dumps(dict(config), sort_keys=True), n, factory)
 
     def kind(self, method: Any) -> str:
-        """A name for `gains`: original, constant, step, relook, or what the predictor is fed with and how it drops."""
+        """A name for `gains`: original, constant, step, a method of ours, or what the predictor is fed with and how it drops."""
         if isinstance(method, RatePath):
             return "constant" if len(method.rates) == 1 else "step"
         if isinstance(method, RelookRate):
             return "relook"
+        if isinstance(method, MergeRate):
+            return "merge" if method.weigh and method.spread else "merge in part"
         if not isinstance(method, DyRate):
             return "original"
         if method.reversible:

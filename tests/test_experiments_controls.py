@@ -35,14 +35,14 @@ from dyrate_lib.experiments import (
 )
 from dyrate_lib.experiments.controls_training import Recipe
 from dyrate_lib.experiments.pieces import Piece, in_order, share
-from dyrate_lib.methods import DyRate, RelookRate
+from dyrate_lib.methods import DyRate, MergeRate
 from dyrate_lib.scenes.captions import annotated_reference, split_words
 from tests.made_controls import SLOPE, made_up
 
 GAINS = {"shares": 40.0, "foreign": 5.0, "step": 20.0, "oracle": 90.0, "hidden": 45.0, "reversible": 60.0, "reranked": 80.0,
-         "relook": 150.0, "lagrangian": 42.0}  # fmt: skip
+         "relook": 60.0, "merge": 150.0, "merge in part": 20.0, "lagrangian": 42.0}  # fmt: skip
 COSTS = {"shares": 0.34, "foreign": 0.32, "hidden": 0.325, "reversible": 0.38, "reranked": 0.37, "relook": 0.25,
-         "lagrangian": 0.335}  # fmt: skip
+         "merge": 0.25, "merge in part": 0.25, "lagrangian": 0.335}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_finality_and_our_own_method(helped):
     assert found["c15.small.late.better_gain"]["mean"] == pytest.approx((150 - 0.75 * SLOPE) / whole, abs=0.01)
     assert found["c15.small.nocaps.flops_ratio"]["mean"] == pytest.approx(0.25)
     told = better.table(helped).set_index("method")["within 2 % of unpruned"]
-    assert set(told["RelookRate (ours), one rate"]) == {"worse by more than 2 %"}
+    assert set(told["MergeRate (ours), one rate"]) == {"worse by more than 2 %"}
 
 
 def test_quantities_are_those_that_the_claims_ask_for(helped):
@@ -332,10 +332,14 @@ def test_needs_are_kept_and_come_back(tiny_study, monkeypatch):
 
 
 def test_our_method_is_set_for_a_quarter(tiny_study):
-    method = better.better_method(tiny_study, "small", "late", "relook, predictor")
-    assert isinstance(method, RelookRate) and method.rates is None and method.layer == better.SETTINGS["layer"]
+    method = better.better_method(tiny_study, "small", "late", "merge, predictor")
+    assert isinstance(method, MergeRate) and method.rates is None and method.layer == better.LAYER
     one = better.better_method(tiny_study, "small", "late")
-    assert isinstance(one, RelookRate) and len(set(one.rates)) == 1
+    parts = {name: better.better_method(tiny_study, "small", "late", name) for name in better.MADE}
+    assert parts["merge"] == one and {made.layer for made in parts.values()} == {better.LAYER}
+    assert parts["unweighed"] == dataclasses.replace(one, weigh=False)
+    assert parts["by attention"] == dataclasses.replace(one, spread=0.0)
+    assert isinstance(one, MergeRate) and len(set(one.rates)) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ sharing

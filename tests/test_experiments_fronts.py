@@ -81,6 +81,7 @@ def test_compute_makes_what_the_tables_read(scored, monkeypatch):
         "fastv",
         "sparsevlm",
         "visionzip",
+        "merge",
         "dyrate",
     }
     near = table[~table.key.isin(["original", "dyrate"])]

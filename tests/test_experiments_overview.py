@@ -374,7 +374,8 @@ def test_every_open_end_has_a_settling_and_the_rate_is_a_quarter():
     assert all(command in text for command in original_weights.commands())
     from dyrate_lib.experiments.contradictions import llava_info, prefill_ratio
 
-    assert float(prefill_ratio(llava_info("7b"), 2, original_weights.quarter_rate(), 64)) == pytest.approx(0.25, abs=0.002)
+    layer, rate = original_weights.BETTER_LAYER, original_weights.quarter_rate()
+    assert float(prefill_ratio(llava_info("7b"), layer, rate, 64)) == pytest.approx(0.25, abs=0.002)
 
 
 # ----------------------------------------------------------------------------------------------------------- notebook

@@ -92,9 +92,9 @@ def test_rows_of_a_task_and_of_the_other_protocol(tmp_path):
     made.scale = dataclasses.replace(made.scale, name="full", predictor_seeds=(0, 1, 2))
     keys = list(short_answers.methods(made, "small", "pope"))
     assert keys[:6] == ["original", "fastv-3", "fastv-2", "vtw", "dyrate", "constant"]
-    assert len(keys) == 6 + 11 and all(key.startswith("equal:") for key in keys[6:])
+    assert len(keys) == 6 + 12 and all(key.startswith("equal:") for key in keys[6:])
     assert list(short_answers.methods(made, "small", "textvqa-ocr")) == ["original", "fastv-2", "dyrate"]
-    per_model = (1 + 1 + 1 + 1 + 4 + 4 + 2) * 19 + 5  # prompts a picture times cells of a task; three predictors
+    per_model = (1 + 1 + 1 + 1 + 4 + 4 + 2) * 20 + 5  # prompts a picture times cells of a task; three predictors
     assert short_answers.prompts(made) == 2 * made.scale.n_tasks * per_model
     photographs = dataclasses.replace(made, data="coco:/nowhere")
     assert short_answers.tasks(photographs) == () and short_answers.roles(photographs) == ()
@@ -153,7 +153,7 @@ def test_intervals_are_those_of_the_metrics(told, task):
 
 def test_cells_tests_and_holm(told):
     table = short_answer_scores.cells(told)
-    assert len(table) == 2 * 7 * 16 and set(table.model) == {told.label("small"), told.label("base")}
+    assert len(table) == 2 * 7 * 17 and set(table.model) == {told.label("small"), told.label("base")}
     base = table[table.key == "original"]
     assert base["p"].isna().all() and (base["retained %"] == 100).all()
     tested = table[table.key != "original"]
@@ -172,13 +172,13 @@ def test_cells_tests_and_holm(told):
 def test_tables(told):
     table = short_answer_tables.table1(told)
     assert (
-        list(table.columns[2:9]) == ["GQA", "VizWiz", "SQA", "TextVQA", "POPE", "MMB", "MME"] and len(table) == 2 * 16
+        list(table.columns[2:9]) == ["GQA", "VizWiz", "SQA", "TextVQA", "POPE", "MMB", "MME"] and len(table) == 2 * 17
     )
     ruined = table[table.method == "VTW (half depth)"].iloc[0]
     stars = short_answer_scores.cells(told).query("key == 'vtw'")["p Holm"].iloc[0] < 0.05
     assert ruined.GQA == "0.0 [0.0, 0.0]" + ("*" if stars else "")
     assert (table.n == N).all() and (table[table.method.str.startswith("DyRate")].seeds == 3).all()
-    assert len(short_answer_tables.change_table(told)) == 2 * 15
+    assert len(short_answer_tables.change_table(told)) == 2 * 16
     assert short_answer_tables.cost_table(told).GQA.iloc[0] == "30.0 / 50.0"
     pope = short_answer_tables.pope_table(told)
     assert list(pope.setting[:4]) == ["all", "random", "popular", "adversarial"]

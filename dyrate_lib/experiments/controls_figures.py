@@ -182,6 +182,12 @@ def figure_constraint(study: Study) -> Figure:
     return fig
 
 
+BETTER_ROWS = {
+    "fixed": "FastV, one rate", "dyrate": "DyRate", "relook": "RelookRate", "unweighed": "MergeRate,\nno weights",
+    "by attention": "MergeRate,\nFastV's choice", "merge": "MergeRate", "merge, predictor": "MergeRate,\nshares",
+}  # fmt: skip
+
+
 def better_data(study: Study) -> pd.DataFrame:
     """What `figure_better` draws: CIDEr of each row relative to the unpruned model, in per cent."""
     rows = []
@@ -198,18 +204,18 @@ def better_data(study: Study) -> pd.DataFrame:
 def figure_better(study: Study) -> Figure:
     """CIDEr against the unpruned model at a quarter of the FLOPs, one panel a set; the band is the margin of equivalence."""
     table, keys, roles = better_data(study), controls.models(study), better.roles(study)
-    fig, axes = plt.subplots(1, len(roles), figsize=(WIDTH_PAGE, 2.0), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(roles), figsize=(WIDTH_PAGE, 2.9), sharey=True, squeeze=False)
     for ax, role in zip(axes[0], roles, strict=True):
         ax.axvspan(-100 * better.MARGIN, 100 * better.MARGIN, color=GREY, alpha=0.3, lw=0)
         for i, name in enumerate(better.ROWS[1:]):
             for key in keys:
                 found = table[(table.model == key) & (table.role == role) & (table.row == name)].iloc[0]
                 at = i + (0.17 if key == keys[-1] else -0.17) * (len(keys) > 1)
-                _whisker(ax, found, at, method_style(name.split(",")[0])["color"], SIZE_MARKS[key])
+                _whisker(ax, found, at, method_style(better.STYLES.get(name, name))["color"], SIZE_MARKS[key])
         ax.set_title(family(study, role))
         ax.set_xlabel("CIDEr: difference, %")
         ax.grid(axis="y", visible=False)
-        ax.set_yticks(np.arange(len(better.ROWS) - 1), ["FastV, one rate", "DyRate", "RelookRate", "RelookRate,\nshares"])
+        ax.set_yticks(np.arange(len(better.ROWS) - 1), [BETTER_ROWS[name] for name in better.ROWS[1:]])
         ax.set_ylim(len(better.ROWS) - 1.5, -0.5)
     fig.legend(handles=_sizes(study, keys), loc="outside lower center", ncols=len(keys))
     return fig

@@ -11,7 +11,7 @@ from ..budgets import Fit
 from . import equal_budget, front_predictors
 from .benchmarks import Row, remembered
 from .context import Record, Study
-from .equal_budget import Point, Rival, equal_n, fit, missed, models, part, reaches, rivals
+from .equal_budget import Point, Rival, equal_n, fit, missed, models, part, reaches, rivals_and_ours
 from .front_predictors import FAMILIES, ensure, targets
 from .sharing import Job, work_off
 
@@ -33,7 +33,7 @@ def n_pictures(study: Study, role: str) -> int:
 
 def settings(study: Study, key: str, role: str) -> list[tuple[Rival, float]]:
     """The rivals with the budgets that they reach."""
-    pairs = [(rival, level) for rival in rivals(study, all_of=False) for level in levels(study, role)]
+    pairs = [(rival, level) for rival in rivals_and_ours(study) for level in levels(study, role)]
     return [pair for pair in pairs if reaches(fit(study, key, role, *pair))]
 
 
@@ -104,7 +104,7 @@ def _jobs(study: Study, key: str, role: str) -> list[Job]:
     """What is out of reach is found out when a job runs, as it takes the unpruned model's replies to know."""
     name = f"{study.model_name(key)}/{role}/{study.scale.n_front}"
     found = [Job(f"{name}/original", lambda: list(original(study, key, role).cells))]
-    for rival in rivals(study, all_of=False):
+    for rival in rivals_and_ours(study):
         for level in levels(study, role):
 
             def run(rival: Rival = rival, level: float = level) -> list[Record]:

@@ -15,7 +15,7 @@ from ..scenes.tasks import PROMPTS_A_PICTURE, base_task
 from .benchmarks import Row, remembered
 from .cells import Record
 from .context import Study
-from .equal_budget import BY_KEY, Rival, fit, models, reaches, rivals
+from .equal_budget import BY_KEY, Rival, fit, models, reaches, rivals_and_ours
 from .roles import TABLE1
 from .sharing import Job, work_off
 from .training_runs import LAYER, kept_for_ratio
@@ -59,7 +59,7 @@ def methods(study: Study, key: str, role: str) -> dict[str, tuple[str, str, Call
         return {name: made[name] for name in BOTH_PROTOCOLS}
     made[CONSTANT[0]] = (*CONSTANT[1:], lambda: [constant(study, key, role)])
     proof = study.scale.name != "full" and role != next(iter(TABLE1))  # at smoke scale one task shows that it runs
-    for rival in () if proof else rivals(study, all_of=False):
+    for rival in () if proof else rivals_and_ours(study):
         label = f"{rival.label.removesuffix(' (our reading)')} at {100 * level:.0f} %"
 
         def at_budget(rival: Rival = rival) -> list[Method]:
