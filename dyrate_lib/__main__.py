@@ -56,7 +56,7 @@ def _parser(prog: str = "python -m dyrate_lib") -> argparse.ArgumentParser:
     p.add_argument("--method", choices=captioning.METHODS, default="dyrate", metavar="METHOD",
                    help="dyrate (default), " + ", ".join(m for m in captioning.METHODS if m != "dyrate"))  # fmt: skip
     p.add_argument("--layer", type=int, help="P: layers from P on read the kept tokens only")
-    p.add_argument("--rate", type=float, help="share of image tokens removed (fastv, random)")
+    p.add_argument("--rate", type=float, help="share of image tokens removed (fastv, random, merge)")
     p.add_argument("--flops", type=float, help="set the method (not dyrate) to this share of the FLOPs, e.g. 0.333")
     p.add_argument("--predictor", help="a trained predictor (.safetensors); default: the shipped one for a third of the FLOPs")
     p.add_argument("--prompt", default=captioning.DEFAULT_PROMPT, help="default: asks for a one-sentence caption")

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 METHODS = (
     "none", "random", "fastv", "vtw", "dyrate", "sparsevlm", "pyramiddrop", "st3", "visionzip", "prumerge", "prumerge+",
-    "divprune", "cdpruner",
+    "divprune", "cdpruner", "merge",
 )  # fmt: skip
 REPLY = 20  # tokens of the reply that a budget is counted for
 DEFAULT_PROMPT = "Provide a one-sentence caption for the provided image."
@@ -87,13 +87,14 @@ def default_predictor(model_name: str) -> Path:
 
 def make_method(name: str, model_name: str, layer: int | None, rate: float | None, predictor: str | None) -> Any:
     """The method object for command-line choices. InputError when an option does not go with the method."""
-    from dyrate_lib import VTW, DyRate, FastV, RandomPrune, RatePredictor
+    from dyrate_lib import VTW, DyRate, FastV, MergeRate, RandomPrune, RatePredictor
     from dyrate_lib.budgets import named
 
     if name not in METHODS:
         raise InputError(f"the method is one of {', '.join(METHODS)}, not {name!r}")
     takes: tuple[str, ...] = {
         "vtw": ("layer",), "dyrate": ("layer", "predictor"), "fastv": ("layer", "rate"), "random": ("layer", "rate"),
+        "merge": ("layer", "rate"),
     }.get(name, ())  # fmt: skip
     for option, value in (("layer", layer), ("rate", rate), ("predictor", predictor)):
         if value is not None and option not in takes:
@@ -106,6 +107,8 @@ def make_method(name: str, model_name: str, layer: int | None, rate: float | Non
     if name in ("fastv", "random"):
         made = {"fastv": FastV, "random": RandomPrune}[name]
         return made(layer=2 if layer is None else layer, rate=0.5 if rate is None else rate)
+    if name == "merge":
+        return MergeRate(layer=layer, rates=None if rate is None else (rate,))
     return named(name)  # as released
 
 

@@ -214,9 +214,14 @@ class StockPruning(PictureWatch):
         attention = row_attention(q, keys, types != PAD)
         shares, scores = shares_by_type(attention, types)[:, 0], image_scores(attention, prompt.image_index)
         if self._prefilling:
-            self._now.state.start(shares, scores)
+            self._begin(shares, scores)
         else:
             self._now.state.advance(shares, scores)
+            self.kept.append(self._now.state.kept.clone())
+
+    def _begin(self, shares: Tensor, scores: Tensor) -> None:
+        """Let the method order the prompt's tokens and say how many stay."""
+        self._now.state.start(shares, scores)
         self.kept.append(self._now.state.kept.clone())
 
     def _before_layer(self, index: int) -> Any:

@@ -6,12 +6,17 @@ Pure tensor functions behind `MergeRate`. Ranks count from 0 over a ranking [B, 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import masks
+
+if TYPE_CHECKING:
+    from .methods.merge import MergeRate
+    from .methods.prune_state import PruneState
 
 APART = 2.0  # taken from a cosine between tokens of different pictures, so that any token of the own picture goes first
 
@@ -74,3 +79,46 @@ def averages(tokens: Tensor, owner: Tensor, present: Tensor, n: int) -> Tensor:
     total = tokens.new_zeros(tokens.shape[0], n, tokens.shape[2], dtype=torch.float32)
     total.scatter_add_(1, owner[..., None].expand_as(tokens), tokens.float() * present[..., None])
     return (total / sizes(owner, present, n).clamp(min=1)[..., None]).to(tokens.dtype)
+
+
+class Groups:
+    """What the kept tokens of one batch stand for in the layers >= P. Both loops that merge hold one, beside the `PruneState`.
+
+    Made when the state has started. tokens: [B, n, D], what each rank's token is as it enters layer P.
+    """
+
+    def __init__(self, method: MergeRate, state: PruneState, tokens: Tensor, pictures: Tensor | None) -> None:
+        """tokens [B, N, D]: the image tokens as they enter layer P, in raster order; pictures: `Prompt.picture_index`."""
+        self.weigh, self.state, self.n = method.weigh, state, state.slots[state.layer]
+        ranking = state.ranking[:, : self.n]
+        self.tokens = torch.gather(tokens, 1, ranking[..., None].expand(-1, -1, tokens.shape[-1]))
+        self._pictures = None if pictures is None else torch.gather(pictures, 1, ranking)
+        self._sizes = tokens.new_ones(ranking.shape, dtype=torch.float32)  # at layer P, by rank
+        if self.n:
+            owner = owners(tokens, ranking, state.kept, pictures)
+            self._sizes = sizes(owner, state.present, self.n)
+            if method.average:
+                self.tokens = averages(tokens, owner, state.present, self.n)
+        self._now: tuple[Tensor, Tensor] | None = None
+
+    def sizes(self) -> Tensor:
+        """Image tokens that the token in each slot (`masks.tail_order`) stands for now, [B, n] float32; 0 where none is read."""
+        kept = self.state.kept
+        if self._now is None or self._now[0] is not kept:
+            found = self._sizes
+            if self.n and self.state.steps:  # of the groups that there were at layer P, those that left join again
+                ranks = torch.arange(self.n, device=kept.device).expand(kept.shape[0], -1)
+                found = sizes(owners(self.tokens, ranks, kept, self._pictures), found, self.n)
+            self._now = (kept, (found * masks.prefix_masks(kept, self.n)).flip(-1))
+        return self._now[1]
+
+    def log_sizes(self, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of each slot's token, [B, n]: log of its size; 0 where the method does not weigh."""
+        now = self.sizes()
+        return (now.clamp(min=1).log() if self.weigh else torch.zeros_like(now)).to(dtype)
+
+    def select(self, index: Tensor) -> None:
+        """Reorder the samples (beam search), as `PruneState.select` does."""
+        self.tokens, self._sizes = self.tokens.index_select(0, index), self._sizes.index_select(0, index)
+        self._pictures = None if self._pictures is None else self._pictures.index_select(0, index)
+        self._now = None

@@ -85,6 +85,13 @@ def cases() -> dict[str, Case]:
             d.RelookRate(rates=(0.1, 0.8, 0.4), layer=2, window=2, tilt=-0.7), d.RelookRate(rates=(0.0,), layer=2, tilt=-0.7),
             lambda n: [n] * 8, spare=True, flash=False, graph=False,
         ),
+        "merge": Case(
+            d.MergeRate(lively, layer=3), d.MergeRate(still, layer=3), flash=False, graph=False,
+        ),
+        "merge-path": Case(
+            d.MergeRate(rates=(0.5, 0.8, 0.9), layer=2, spread=0.25), d.MergeRate(rates=(0.0,), layer=2),
+            lambda n: [n] * 2 + [_half(n)] * 6, flash=False, graph=False,
+        ),
         "visionzip": Case(d.VisionZip(dominant=12, contextual=4), None, lambda n: [16] * 8, renumbered=True),
         "prumerge": Case(d.PruMerge(), None, None, renumbered=True),
         "prumerge-fixed": Case(d.PruMerge(ratio=0.25), None, lambda n: [n // 4 + 1] * 8, renumbered=True),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dyrate_lib import DyRate, FastV, InputError, MergeRate, NoReduction, RatePath, budget, generate, masks, merging
 from dyrate_lib.budgets import cost_ratio
 from dyrate_lib.engine import select
-from dyrate_lib.evaluate import beam_records, describe, predictor_hash
+from dyrate_lib.evaluate import describe, predictor_hash
 from dyrate_lib.masks import IMG
 from dyrate_lib.models import Adapter
 from tests.contract import BOS, IMAGE, Shape, lively_predictor, one_row, random_batch, small_model
@@ -308,7 +308,7 @@ def test_a_budget_scales_the_rates(model):
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (dict(), "one of the two"), (dict(predictor=lively_predictor(), rates=(0.5,)), "one of the two"),
+        (dict(predictor=lively_predictor(), rates=(0.5,)), "one of the two"),
         (dict(rates=(0.5,), spread=1.5), "spread=1.5"), (dict(rates=(0.5,), spread=True), "spread=True"),
         (dict(rates=(0.5,), spread="half"), "spread='half'"), (dict(rates=(0.5,), weigh=1), "weigh=1"),
         (dict(rates=(0.5,), average="yes"), "average='yes'"), (dict(rates=(1.5,)), "1.5"), (dict(rates="0.5"), "rates='0.5'"),
@@ -320,6 +320,7 @@ def test_bad_settings_are_refused(wrong, says):
 
 
 def test_it_describes_itself():
+    assert MergeRate() == MergeRate(rates=(0.8,)) and cost_ratio(MergeRate()) == pytest.approx(0.33, abs=0.005)
     assert describe(MergeRate(rates=(0.1, 0.2))) == {
         "method": "merge", "predictor": None, "rates": [0.1, 0.2], "layer": 1, "spread": 0.5, "weigh": True, "average": True,
     }  # fmt: skip
@@ -327,12 +328,8 @@ def test_it_describes_itself():
     assert describe(MergeRate(predictor, layer=2))["predictor"] == predictor_hash(predictor)
 
 
-def test_stock_generate_beams_and_the_graph_engine_are_refused(model, padded, tiny, batch):
+def test_the_graph_engine_and_a_layer_too_deep_are_refused(model, padded, tiny, batch):
     method = MergeRate(rates=(0.5,))
-    with pytest.raises(InputError, match=r"dyrate_lib\.generate\(\)"), method(model):
-        pass
-    with pytest.raises(InputError, match="beams"):
-        beam_records(model, None, padded, method, 3, {"num_beams": 2}, ["a"] * 3)
     with pytest.raises(InputError, match="1 to 7"):
         generate(model, padded, MergeRate(rates=(0.5,), layer=8), 2)
     engine = select.eager_engine(tiny[0])

@@ -34,7 +34,7 @@ class PrefillView:
     scores [B, N] float32: head-mean attention of the last prompt token at layer P - 1 (-inf where absent);
     shares [B, H, 4] float32; n_image [B] int64; content_key [B] int64, one number a sample, the same in any batch.
     hidden [B, D]: that row as it enters layer P, for methods that ask (`Method.wants_hidden`).
-    tokens [B, N, D]: the image tokens as they enter layer P, from loops that have them to hand (`MergedDecoder`).
+    tokens [B, N, D]: the image tokens as they enter layer P, where a loop has them to hand (`MergedDecoder`).
     """
 
     scores: Tensor

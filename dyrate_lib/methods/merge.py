@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,15 +30,19 @@ from .schedule import RatePath
 
 if TYPE_CHECKING:
     from ..decoder import Runner
+    from ..hooks import StockPruning
     from ..models import Adapter, Prompt
+
+
+RATES = (0.8,)  # 33 % of LLaVA-1.5-7B's FLOPs from layer 1 on, by the paper's formula, with 64 text tokens and 64 passes
 
 
 @dataclass
 class MergeRate(Method):
     """Keep k image tokens from layer P on, each for the group of those that are most like it; k by a predictor or a schedule.
 
-    predictor: a `RatePredictor` or its path, as in `DyRate`; or rates: a schedule as in `RatePath`. One of the two. Dropping is
-        final.
+    predictor: a `RatePredictor` or its path, as in `DyRate`; or rates: a schedule as in `RatePath`; neither is rates=(0.8,).
+        Dropping is final.
     layer: P; None takes the predictor's own, 1 for a schedule.
     spread: share of the kept tokens, in [0, 1], chosen for being least like those chosen before (cosine of hidden states as
         they enter layer P); the others by FastV's score. In turns, so that it holds for any k (`merging.spread_order`).
@@ -53,11 +57,9 @@ class MergeRate(Method):
     4 N k D FLOPs once a prompt, which no convention counts: 0.4 % of scenes-small's prompt pass at k = 118, 0.01 % of
     LLaVA-1.5-7B's.
 
-    Runs in our own loop, greedily or sampling.
-
     Raises:
-        InputError: settings out of range, not one of predictor and rates, a predictor that `DyRate` refuses, or the context
-            manager of stock `generate` asked for.
+        InputError: settings out of range, predictor and rates both given, or a predictor that `DyRate` refuses; under stock
+            `generate` also a model with flash attention, which takes no weights.
     """
 
     predictor: RatePredictor | str | Path | None = None
@@ -70,8 +72,10 @@ class MergeRate(Method):
     _rule: DyRate | RatePath = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if (self.predictor is None) == (self.rates is None):
+        if self.predictor is not None and self.rates is not None:
             raise InputError("MergeRate: give a predictor or rates, one of the two.")
+        if self.predictor is None and self.rates is None:
+            self.rates = RATES
         if isinstance(self.spread, bool) or not isinstance(self.spread, Real) or not 0 <= self.spread <= 1:
             raise InputError(f"MergeRate: spread={self.spread!r} must be the share of tokens chosen for unlikeness, from 0 to 1.")
         for name in ("weigh", "average"):
@@ -95,7 +99,7 @@ class MergeRate(Method):
         self._rule.check_rows(rows)
 
     def order(self, view: PrefillView) -> Tensor:
-        assert view.tokens is not None, "MergeRate is asked by MergedDecoder alone"
+        assert view.tokens is not None, "MergeRate is asked by loops that show it the tokens"
         kept = self.prefill(view)
         most = int(kept.max()) if kept.numel() else 0
         return merging.spread_order(view.scores, view.tokens, most, self.spread)
@@ -115,13 +119,7 @@ class MergeRate(Method):
 
         return MergedDecoder(adapter, prompt, self, capacity)
 
-    def __call__(self, model: Any) -> NoReturn:
-        """Refused: a stock attention layer has no place for a token's weight.
+    def __call__(self, model: Any) -> StockPruning:
+        from ..hooks_merged import MergedPruning
 
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            "MergeRate gives each kept token a weight in every layer's attention, which stock layers do not take: there is no "
-            "context manager. Run it by dyrate_lib.generate(), greedily or with do_sample=True; beams are not supported."
-        )
+        return MergedPruning(model, self)
