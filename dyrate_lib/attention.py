@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
-from .masks import PAD, RES
+from .masks import INS, PAD, RES
 
 if TYPE_CHECKING:
     from .models import Adapter
@@ -100,6 +100,23 @@ def image_scores(attention: Tensor, image_index: Tensor) -> Tensor:
     row = attention[:, :, -1].mean(1)
     scores = torch.gather(row, 1, image_index.clamp(min=0))
     return scores.masked_fill(image_index < 0, -torch.inf)
+
+
+def text_scores(q: Tensor, k: Tensor, types: Tensor, image_index: Tensor) -> Tensor:
+    """What the prompt's text after the picture looks at: the largest weight over heads, averaged over the text's rows.
+
+    q, k: [B, H or kv, T, d] of the whole prompt, rotated; types [B, T]; image_index [B, N] columns, -1 absent. A prompt without
+    text after its picture is rated by its last row. Returns [B, N] float32, absent tokens -inf.
+    """
+    asks, real, place = types == INS, types != PAD, torch.arange(types.shape[1], device=types.device)
+    asks = asks | (~asks.any(-1, keepdim=True) & (place == types.shape[1] - 1))
+    columns = torch.argsort(asks.long(), dim=-1, stable=True)[:, types.shape[1] - int(asks.sum(-1).max()) :]
+    counted = torch.gather(asks, 1, columns)[..., None]
+    rows = torch.gather(q, 2, columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    allowed = (place <= columns[..., None]) & (real[:, None] | (place == columns[..., None]))  # no row is empty
+    weight = row_attention(rows, k, allowed).amax(1)
+    mean = (weight * counted).sum(1) / counted.sum(1)
+    return torch.gather(mean, 1, image_index.clamp(min=0)).masked_fill(image_index < 0, -torch.inf)
 
 
 def causal_layer(

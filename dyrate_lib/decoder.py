@@ -99,7 +99,7 @@ class PrunedDecoder:
             self._store(index, k, v)
             x = self.adapter.finish(index, x, attend(q, k, v, allowed, causal=allowed is None))
             if index == self.feature_layer:
-                self._look(q[:, :, -1:], k)
+                self._look(q, k)
                 if self.layer >= self.adapter.n_layers:
                     state.kept = state.n_image
                     state.ranking = torch.arange(state.image_index.shape[1], device=x.device).expand_as(
@@ -144,7 +144,7 @@ class PrunedDecoder:
     def _look(self, q: Tensor, keys: Tensor) -> None:
         """Attention of the newest row at the feature layer: shares by type; scores of the image tokens for who asks."""
         length = keys.shape[2]
-        self._attention = row_attention(q, keys, self._real[:, :length] if self._padded else None)
+        self._attention = row_attention(q[:, :, -1:], keys, self._real[:, :length] if self._padded else None)
         self.shares = shares_of(self._attention, self._columns_by_type[:, :length])[:, 0]
 
     def _scores(self) -> Tensor:

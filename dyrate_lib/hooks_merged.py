@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import text_scores
 from .errors import InputError
 from .hooks import StockPruning, _additive, _CachedPruning
+from .hooks_cache import cache_of
 from .layout import gather_columns
 from .masks import causal_allowed
 from .merging import Groups
@@ -50,7 +52,17 @@ class MergedPruning(StockPruning):
         plain = super()._pruning(prompt)
         return _CachedGroups(plain.prompt, plain.state)
 
+    def _after_feature_layer(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._prefilling and self.method.rated_by == "text":
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            q, k = self.adapter.project(self.layer - 1, hidden, kwargs["position_embeddings"], "qk")
+            cache, prompt = cache_of(kwargs), self._now.prompt
+            k = k if cache is None else cache.layers[self.layer - 1].keys
+            self._rated = text_scores(q, k, prompt.types, prompt.image_index)
+        super()._after_feature_layer(module, args, kwargs, output)
+
     def _begin(self, shares: Tensor, scores: Tensor) -> None:
+        scores = self._rated if self.method.rated_by == "text" else scores
         self._seen = shares, scores  # the groups are made of what enters layer P, which this layer has yet to finish
 
     def _prefill_layer(self, index: int, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict]:

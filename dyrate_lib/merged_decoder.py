@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import text_scores
 from .decoder import PrunedDecoder
 from .layout import gather_columns
 from .merging import Groups
@@ -24,9 +25,15 @@ class MergedDecoder(PrunedDecoder):
     method: MergeRate
     groups: Any = None  # `Groups`, from the prompt's layer P on
 
+    def _look(self, q: Tensor, keys: Tensor) -> None:
+        super()._look(q, keys)
+        if self.steps == 0:
+            prompt, by_text = self.prompt, self.method.rated_by == "text"
+            self._rated = text_scores(q, keys, prompt.types, prompt.image_index) if by_text else self._scores()
+
     def _choose(self, x: Tensor) -> None:
         tokens = gather_columns(x, self.prompt.image_index.clamp(min=0))
-        self.state.start(self.shares, self._scores(), x[:, -1] if self.method.wants_hidden else None, tokens)
+        self.state.start(self.shares, self._rated, x[:, -1] if self.method.wants_hidden else None, tokens)
         self.groups = Groups(self.method, self.state, tokens, self.prompt.picture_index)
 
     def _enter_tail(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:

@@ -338,7 +338,7 @@ def test_our_method_is_set_for_a_quarter(tiny_study):
     parts = {name: better.better_method(tiny_study, "small", "late", name) for name in better.MADE}
     assert parts["merge"] == one and {made.layer for made in parts.values()} == {better.LAYER}
     assert parts["unweighed"] == dataclasses.replace(one, weigh=False)
-    assert parts["by attention"] == dataclasses.replace(one, spread=0.0)
+    assert parts["by attention"] == dataclasses.replace(one, rated_by="last", spread=0.0)
     assert isinstance(one, MergeRate) and len(set(one.rates)) == 1
 
 

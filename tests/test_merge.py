@@ -13,7 +13,7 @@ from dyrate_lib import DyRate, FastV, InputError, MergeRate, NoReduction, RatePa
 from dyrate_lib.budgets import cost_ratio
 from dyrate_lib.engine import select
 from dyrate_lib.evaluate import describe, predictor_hash
-from dyrate_lib.masks import IMG
+from dyrate_lib.masks import IMG, INS
 from dyrate_lib.models import Adapter
 from tests.contract import BOS, IMAGE, Shape, lively_predictor, one_row, random_batch, small_model
 from tests.tiny_families import FAMILIES, model_of
@@ -111,7 +111,10 @@ def written_out(model, inputs, method, forced):
         for layer in range(adapter.n_layers):
             if layer == first and step == 0 and n:
                 k_last = caches[first - 1][0].repeat_interleave(heads // caches[first - 1][0].shape[1], 1)
-                weights = torch.softmax(q[0, :, -1:] @ k_last[0].transpose(1, 2) * q.shape[-1] ** -0.5, -1).mean(0)[0]
+                scores = q[0] @ k_last[0].transpose(1, 2) * q.shape[-1] ** -0.5
+                scores = torch.softmax(scores.masked_fill(torch.ones(scores.shape[1:]).triu(1) > 0, -torch.inf), -1)
+                asks = [i for i in range(length) if int(prompt.types[0, i]) == INS] or [length - 1]
+                weights = scores.amax(0)[asks].mean(0) if method.rated_by == "text" else scores[:, -1].mean(0)
                 states = x[0, image]
                 centres = picked(weights[image], states, kept[0], method.spread)
                 owner = grouped(states, centres, pictures) if centres else []
@@ -143,8 +146,9 @@ def written_out(model, inputs, method, forced):
 
 
 METHODS = {
-    "in turns": MergeRate(rates=(0.8,), layer=2),
+    "in turns": MergeRate(rates=(0.8,), layer=2, spread=0.5),
     "falling": MergeRate(rates=FALLING, layer=1),
+    "by the last row": MergeRate(rates=(0.6, 0.8), layer=2, rated_by="last", spread=0.5),
     "by attention, not averaged": MergeRate(rates=(0.7, 0.9), layer=3, spread=0.0, average=False),
     "by distance, not weighed": MergeRate(rates=(0.75,), layer=1, spread=1.0, weigh=False),
     "to none": MergeRate(rates=(0.5, 0.5, 1.0), layer=2, spread=0.3),
@@ -241,11 +245,12 @@ def test_keeping_all_is_the_unpruned_loop(shape, padded):
 @pytest.mark.parametrize("shape", [Shape(), GROUPED], ids=["heads", "grouped"])
 def test_without_its_parts_it_is_the_path_that_drops(shape, padded):
     model, forced = small_model(shape), reply(3)
-    bare = run(model, padded, MergeRate(rates=FALLING, layer=2, spread=0.0, weigh=False, average=False), forced)
+    bare = run(model, padded, MergeRate(rates=FALLING, layer=2, rated_by="last", spread=0.0, weigh=False, average=False), forced)
     path = run(model, padded, RatePath(2, FALLING), forced)
     assert torch.equal(bare.logits, path.logits) and torch.equal(bare.trace.kept_by_layer, path.trace.kept_by_layer)
-    for part in (dict(spread=0.5), dict(weigh=True), dict(average=True)):
-        other = MergeRate(rates=FALLING, layer=2, **{"spread": 0.0, "weigh": False, "average": False, **part})
+    none = {"rated_by": "last", "spread": 0.0, "weigh": False, "average": False}
+    for part in (dict(rated_by="text"), dict(spread=0.5), dict(weigh=True), dict(average=True)):
+        other = MergeRate(rates=FALLING, layer=2, **{**none, **part})
         assert (run(model, padded, other, forced).logits - path.logits)[:2].abs().max() > 1e-3
 
 
@@ -310,7 +315,8 @@ def test_a_budget_scales_the_rates(model):
     [
         (dict(predictor=lively_predictor(), rates=(0.5,)), "one of the two"),
         (dict(rates=(0.5,), spread=1.5), "spread=1.5"), (dict(rates=(0.5,), spread=True), "spread=True"),
-        (dict(rates=(0.5,), spread="half"), "spread='half'"), (dict(rates=(0.5,), weigh=1), "weigh=1"),
+        (dict(rates=(0.5,), spread="half"), "spread='half'"),
+        (dict(rates=(0.5,), rated_by="first"), "rated_by='first'"), (dict(rates=(0.5,), weigh=1), "weigh=1"),
         (dict(rates=(0.5,), average="yes"), "average='yes'"), (dict(rates=(1.5,)), "1.5"), (dict(rates="0.5"), "rates='0.5'"),
     ],
 )  # fmt: skip
@@ -322,7 +328,8 @@ def test_bad_settings_are_refused(wrong, says):
 def test_it_describes_itself():
     assert MergeRate() == MergeRate(rates=(0.8,)) and cost_ratio(MergeRate()) == pytest.approx(0.33, abs=0.005)
     assert describe(MergeRate(rates=(0.1, 0.2))) == {
-        "method": "merge", "predictor": None, "rates": [0.1, 0.2], "layer": 1, "spread": 0.5, "weigh": True, "average": True,
+        "method": "merge", "predictor": None, "rates": [0.1, 0.2], "layer": 1, "rated_by": "text", "spread": 0.4,
+        "weigh": True, "average": True,
     }  # fmt: skip
     predictor = lively_predictor()
     assert describe(MergeRate(predictor, layer=2))["predictor"] == predictor_hash(predictor)
@@ -365,7 +372,7 @@ def test_a_picture_at_the_end(model):
     kept = run(model, batch, MergeRate(rates=(0.0,), layer=2), reply(1))
     assert (kept.logits - plain.logits).abs().max() < 1e-4
     assert run(model, batch, MergeRate(rates=(0.9,), layer=2), reply(1)).logits.isfinite().all()
-    bare = MergeRate(rates=(0.9,), layer=2, spread=0.0, weigh=False, average=False)
+    bare = MergeRate(rates=(0.9,), layer=2, rated_by="last", spread=0.0, weigh=False, average=False)
     assert torch.equal(run(model, batch, bare, reply(1)).logits, run(model, batch, RatePath(2, (0.9,)), reply(1)).logits)
 
 

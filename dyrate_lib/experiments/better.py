@@ -32,7 +32,7 @@ LAYER = 1  # all rows of ours cut here: the layer below is enough to rank by, an
 MADE: dict[str, Method] = {  # at some rate; what is searched is the rate that costs what is asked
     "merge": MergeRate(rates=(0.5,), layer=LAYER),
     "unweighed": MergeRate(rates=(0.5,), layer=LAYER, weigh=False),
-    "by attention": MergeRate(rates=(0.5,), layer=LAYER, spread=0.0),
+    "by attention": MergeRate(rates=(0.5,), layer=LAYER, rated_by="last", spread=0.0),
     "relook": RelookRate(rates=(0.5,), layer=LAYER, window=4, pool="max"),
 }
 ROWS = ("original", "fixed", "dyrate", "relook", "unweighed", "by attention", "merge", "merge, predictor")

@@ -5,8 +5,8 @@ that are left. Here each dropped token joins the kept token most like it: the ke
 P, and in all attention from there on the logarithm of the group's size is added to its scores, as if all its members were still
 there with one key and value. Parts of this are known from elsewhere: such weights from ToMe (Bolya et al., arXiv 2210.09461, in
 vision transformers, every layer, by bipartite matching), picking the token farthest from those picked from DivPrune (arXiv
-2503.02175), ranking by the last prompt row at a low layer from FastV (arXiv 2403.06764). The rate is DyRate's predictor or a
-schedule; what a later step drops joins again.
+2503.02175), ranking by what prompt rows look at in a low layer from FastV (arXiv 2403.06764) and SnapKV (arXiv 2404.14469). The
+rate is DyRate's predictor or a schedule; what a later step drops joins again.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ class MergeRate(Method):
     predictor: a `RatePredictor` or its path, as in `DyRate`; or rates: a schedule as in `RatePath`; neither is rates=(0.8,).
         Dropping is final.
     layer: P; None takes the predictor's own, 1 for a schedule.
+    rated_by: what a token is worth, by attention at layer P - 1: "text", the mean over the rows of the prompt's text after the
+        picture of the largest weight that a head gives it (`attention.text_scores`), or "last", FastV's score (the last row,
+        mean over heads).
     spread: share of the kept tokens, in [0, 1], chosen for being least like those chosen before (cosine of hidden states as
-        they enter layer P); the others by FastV's score. In turns, so that it holds for any k (`merging.spread_order`).
+        they enter layer P); the others by what they are worth. In turns, so that it holds for any k (`merging.spread_order`).
     weigh: add log(group size) to the scores of a kept token at layers >= P, for prompt and reply alike.
     average: at layer P a kept token becomes the mean of its group; else it stays itself. Its position is its own.
-    With spread=0, weigh=False, average=False this is FastV's choice at those rates, nothing merged.
+    With rated_by="last", spread=0, weigh=False, average=False this is FastV's choice at those rates, nothing merged.
 
     A token joins one of its own picture while that has a kept one. Tokens that leave during the reply give their sizes to the
     kept one most like them (by their first averages); keys and values stay as they are. Where k = 0 nothing is left to join.
@@ -65,7 +68,8 @@ class MergeRate(Method):
     predictor: RatePredictor | str | Path | None = None
     rates: Sequence | None = None
     layer: int | None = None
-    spread: float = 0.5
+    rated_by: str = "text"
+    spread: float = 0.4
     weigh: bool = True
     average: bool = True
     name: ClassVar[str] = "merge"
@@ -78,6 +82,8 @@ class MergeRate(Method):
             self.rates = RATES
         if isinstance(self.spread, bool) or not isinstance(self.spread, Real) or not 0 <= self.spread <= 1:
             raise InputError(f"MergeRate: spread={self.spread!r} must be the share of tokens chosen for unlikeness, from 0 to 1.")
+        if self.rated_by not in ("text", "last"):
+            raise InputError(f"MergeRate: rated_by={self.rated_by!r} must be text or last.")
         for name in ("weigh", "average"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"MergeRate: {name}={getattr(self, name)!r} must be True or False.")
