@@ -102,6 +102,9 @@ def image_scores(attention: Tensor, image_index: Tensor) -> Tensor:
     return scores.masked_fill(image_index < 0, -torch.inf)
 
 
+ROWS = 64  # of a prompt's text whose attention is held at once
+
+
 def text_scores(q: Tensor, k: Tensor, types: Tensor, image_index: Tensor) -> Tensor:
     """What the prompt's text after the picture looks at: the largest weight over heads, averaged over the text's rows.
 
@@ -111,11 +114,12 @@ def text_scores(q: Tensor, k: Tensor, types: Tensor, image_index: Tensor) -> Ten
     asks, real, place = types == INS, types != PAD, torch.arange(types.shape[1], device=types.device)
     asks = asks | (~asks.any(-1, keepdim=True) & (place == types.shape[1] - 1))
     columns = torch.argsort(asks.long(), dim=-1, stable=True)[:, types.shape[1] - int(asks.sum(-1).max()) :]
-    counted = torch.gather(asks, 1, columns)[..., None]
-    rows = torch.gather(q, 2, columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    allowed = (place <= columns[..., None]) & (real[:, None] | (place == columns[..., None]))  # no row is empty
-    weight = row_attention(rows, k, allowed).amax(1)
-    mean = (weight * counted).sum(1) / counted.sum(1)
+    counted, total = torch.gather(asks, 1, columns), torch.zeros(types.shape, device=types.device)
+    for some, real_rows in zip(columns.split(ROWS, 1), counted.split(ROWS, 1), strict=True):
+        rows = torch.gather(q, 2, some[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        allowed = (place <= some[..., None]) & (real[:, None] | (place == some[..., None]))  # no row is empty
+        total += (row_attention(rows, k, allowed).amax(1) * real_rows[..., None]).sum(1)
+    mean = total / counted.sum(1, keepdim=True)
     return torch.gather(mean, 1, image_index.clamp(min=0)).masked_fill(image_index < 0, -torch.inf)
 
 

@@ -9,7 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyrate_lib import DyRate, FastV, InputError, MergeRate, NoReduction, RatePath, budget, generate, masks, merging
+from dyrate_lib import (
+    DyRate,
+    FastV,
+    InputError,
+    MergeRate,
+    NoReduction,
+    RatePath,
+    attention,
+    budget,
+    generate,
+    masks,
+    merging,
+)
 from dyrate_lib.budgets import cost_ratio
 from dyrate_lib.engine import select
 from dyrate_lib.evaluate import describe, predictor_hash
@@ -220,6 +232,13 @@ def test_orders_and_groups(seed, n, spread, data):
             assert (means[0, 0] - members.mean(0)).abs().max() < 1e-5
     if spread == 0:
         assert torch.equal(order, masks.rank_tokens(scores, torch.isfinite(scores)))
+
+
+def test_a_long_question_is_read_in_parts(model, padded, monkeypatch):
+    """However many of its rows are held at once, the same."""
+    whole = run(model, padded, MergeRate(rates=FALLING), reply(3)).logits
+    monkeypatch.setattr(attention, "ROWS", 5)
+    assert (run(model, padded, MergeRate(rates=FALLING), reply(3)).logits - whole).abs().max() < 1e-4
 
 
 def test_equals_go_in_order():
