@@ -90,4 +90,3 @@ class MergedPruning(StockPruning):
             weights = weights[:, state.start_slot(self.layer) :]
             weights, allowed = F.pad(weights, (0, readable.shape[1] - weights.shape[1])), readable[:, None, None]
         return _additive(allowed, dtype) + weights[:, None, None]
-

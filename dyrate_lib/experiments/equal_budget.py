@@ -269,12 +269,14 @@ def unreached(study: Study) -> list[tuple[str, str, str, Fit]]:
     return missed(study, [(key, role, levels(study, role, key)) for key in models(study) for role in curve_roles(study)])
 
 
-def missed(study: Study, asked: Sequence[tuple[str, str, Sequence[float]]]) -> list[tuple[str, str, str, Fit]]:
+def missed(
+    study: Study, asked: Sequence[tuple[str, str, Sequence[float]]], who: Sequence[Rival] = RIVALS
+) -> list[tuple[str, str, str, Fit]]:
     """(rival, model, set, what its settings reach) of the budgets that a method cannot meet, of (model, set, budgets)."""
     return [
         (rival.key, key, role, found)
         for key, role, budgets in asked
-        for rival in RIVALS
+        for rival in who
         for level in budgets
         if not reaches(found := fit(study, key, role, rival, level))
     ]

@@ -11,7 +11,7 @@ from ..budgets import Fit
 from . import equal_budget, front_predictors
 from .benchmarks import Row, remembered
 from .context import Record, Study
-from .equal_budget import Point, Rival, equal_n, fit, missed, models, part, reaches, rivals_and_ours
+from .equal_budget import OURS, RIVALS, Point, Rival, equal_n, fit, missed, models, part, reaches, rivals_and_ours
 from .front_predictors import FAMILIES, ensure, targets
 from .sharing import Job, work_off
 
@@ -39,7 +39,8 @@ def settings(study: Study, key: str, role: str) -> list[tuple[Rival, float]]:
 
 def unreached(study: Study) -> list[tuple[str, str, str, Fit]]:
     """(rival, model, set, what its settings reach) of the budgets that a method has no setting for."""
-    return missed(study, [(key, role, levels(study, role)) for key in models(study) for role in roles(study)])
+    asked = [(key, role, levels(study, role)) for key in models(study) for role in roles(study)]
+    return missed(study, asked, (*RIVALS, *OURS))
 
 
 def rival_cell(study: Study, key: str, role: str, rival: Rival, level: float) -> Record:

@@ -31,7 +31,8 @@ PRUNED = "_dyrate_pruning"  # set on a model while a context prunes it
 class PrefillView:
     """What a method sees at prefill, for B samples of up to N image tokens and H heads.
 
-    scores [B, N] float32: head-mean attention of the last prompt token at layer P - 1 (-inf where absent);
+    scores [B, N] float32: head-mean attention of the last prompt token at layer P - 1, or what the method's own loop rates by
+    (-inf where absent);
     shares [B, H, 4] float32; n_image [B] int64; content_key [B] int64, one number a sample, the same in any batch.
     hidden [B, D]: that row as it enters layer P, for methods that ask (`Method.wants_hidden`).
     tokens [B, N, D]: the image tokens as they enter layer P, where a loop has them to hand (`MergedDecoder`).

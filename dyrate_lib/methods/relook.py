@@ -10,21 +10,16 @@ or a schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError, check_whole
-from ..predictor import RatePredictor
-from .base import Method, PrefillView, StepView
-from .dyrate import DyRate
-from .schedule import RatePath
+from .base import Method
+from .ruled import Ruled
 
 POOLS = ("mean", "max")
 
@@ -44,7 +39,7 @@ def tilted(kept: Tensor, n_image: Tensor, tilt: float, layer: int, first: int, n
 
 
 @dataclass
-class RelookRate(Method):
+class RelookRate(Ruled):
     """At each step read the k tokens that the newest rows look at most, of all N; k by a predictor or a schedule.
 
     predictor: a `RatePredictor` or its path, as in `DyRate` (best trained with reversible=True); or rates: a schedule as in
@@ -61,55 +56,27 @@ class RelookRate(Method):
         InputError: settings out of range, not one of predictor and rates, or a predictor that `DyRate` refuses.
     """
 
-    predictor: RatePredictor | str | Path | None = None
-    rates: Sequence | None = None
-    layer: int | None = None
     window: int = 4
     pool: str = "mean"
     tilt: float = 0.0
     name: ClassVar[str] = "relook"
-    _rule: DyRate | RatePath = field(init=False, repr=False, compare=False)
     _tail: tuple[int, int] = field(default=(0, 1), init=False, repr=False, compare=False)  # P, L
     rank = "step"
     reversible = True
 
     def __post_init__(self) -> None:
-        if (self.predictor is None) == (self.rates is None):
-            raise InputError("RelookRate: give a predictor or rates, one of the two.")
         check_whole("RelookRate: window", self.window, 1)
         if self.pool not in POOLS:
             raise InputError(f"RelookRate: pool={self.pool!r} must be one of {', '.join(POOLS)}.")
         check_tilt(self, self.tilt)
-        if self.rates is not None:
-            self._rule = RatePath(3 if self.layer is None else self.layer, self.rates)
-        else:
-            self._rule = DyRate(self.predictor, self.layer)  # type: ignore[arg-type]
-            self.predictor = self._rule.predictor
-        self.layer = self._rule.layer
-
-    @property
-    def wants_hidden(self) -> bool:
-        return self._rule.wants_hidden
+        super().__post_init__()
 
     def prepare(self, n_layers: int, n_heads: int, device: torch.device) -> int:
-        self._tail = (self._rule.prepare(n_layers, n_heads, device), n_layers)
+        self._tail = (super().prepare(n_layers, n_heads, device), n_layers)
         return self._tail[0]
-
-    def check_rows(self, rows: int) -> None:
-        self._rule.check_rows(rows)
-
-    def prefill(self, view: PrefillView) -> Tensor:
-        return self._rule.prefill(view)
-
-    def step(self, view: StepView) -> Tensor:
-        return self._rule.step(view)
 
     def pooled(self, rows: Tensor) -> Tensor:
         return rows.mean(0) if self.pool == "mean" else rows.amax(0)
 
     def at_layer(self, layer: int, kept: Tensor, n_image: Tensor) -> Tensor:
         return tilted(kept, n_image, self.tilt, layer, *self._tail)
-
-    def plan(self, n_image: int, n_layers: int, steps: int = 1) -> np.ndarray:
-        self._rule.plan(n_image, n_layers, steps)  # refuses where the rate depends on what is seen
-        return super().plan(n_image, n_layers, steps)
