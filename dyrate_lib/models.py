@@ -1,4 +1,4 @@
-"""The one place that knows how transformers builds a VLM, with `families.py` and `step.py` beside it.
+"""The one place that knows how transformers builds a VLM, with `llama_layers.py`, `families.py` and `step.py` beside it.
 
 Everything else in the library sees a model through `Adapter`: its layers, how a layer makes queries, keys and values,
 how it ends, and how a batch of prompts and pictures becomes embeddings with a type for every token. The base holds what
@@ -26,6 +26,7 @@ from .layout import (
     picture_owners,
     token_types,
 )
+from .llama_layers import LlamaLayers
 from .masks import PAD
 
 FEATURES = "picture_features"  # among inputs: what `Adapter.joined_features` gave for their pictures, [image tokens, D]
@@ -62,7 +63,7 @@ class ModelInfo:
     feature_dim: int
 
 
-class Adapter(ClipTower):
+class Adapter(ClipTower, LlamaLayers):
     """A VLM as the library uses it: layers, rotary embedding, head, and prompts as embeddings.
 
     `Adapter(model)` gives the adapter of the model's family. This class is that of LLaVA-1.5, and the base of the others.
@@ -290,42 +291,6 @@ class Adapter(ClipTower):
     def joined_features(self, inputs: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
         """Tokens of all pictures one after the other, [image tokens, D]."""
         return torch.cat(list(self.picture_features(inputs, dtype)), dim=0).to(dtype)
-
-    # -- the decoder: shared by all families ------------------------------------------------------------------------
-
-    def embed_tokens(self, ids: Tensor) -> Tensor:
-        """[..] ids to [.., D] embeddings."""
-        return self.core.get_input_embeddings()(ids)
-
-    def project(
-        self, index: int, normed: Tensor, rotary: tuple[Tensor, Tensor], what: str = "qkv"
-    ) -> tuple[Tensor, ...]:
-        """Queries, keys, values ([B, heads, T, head_dim]) of layer `index` from its normalised input [B, T, D]."""
-        attention = self.layers[index].self_attn
-        shape = (*normed.shape[:-1], -1, attention.head_dim)
-        cos, sin = (part.unsqueeze(1) for part in rotary)
-        out = []
-        for letter in what:
-            x = getattr(attention, f"{letter}_proj")(normed).view(shape).transpose(1, 2)
-            if letter != "v":
-                half = x.shape[-1] // 2
-                x = x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
-            out.append(x)
-        return tuple(out)
-
-    def normed_input(self, index: int, x: Tensor) -> Tensor:
-        """Layer `index`'s input norm of x [B, T, D]."""
-        return self.layers[index].input_layernorm(x)
-
-    def finish(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of layer `index`: x [B, T, D] and attention output [B, heads, T, head_dim] to the layer's output."""
-        layer = self.layers[index]
-        x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-        return x + layer.mlp(layer.post_attention_layernorm(x))
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Final norm and LM head: [.., D] to [.., vocab]."""
-        return self.model.lm_head(self.norm(x))
 
 
 def adapter_class(model: nn.Module | None) -> type[Adapter]:

@@ -221,3 +221,27 @@ def replay(model: Any, inputs: dict[str, Tensor], method: Method | None, sequenc
     """Logits [B, steps, vocab] that our own loop gives along `sequences` [B, T + steps]: what stock must have seen."""
     reply = sequences[:, inputs["input_ids"].shape[1] :]
     return dyrate_lib.generate(model, inputs, method, forced_tokens=reply, return_logits=True).logits
+
+
+# -- for a method with a loop of its own, beside one that is written out -----------------------------------------------
+
+ROWS = ((3, 5, True), (1, 12, True), (0, 4, False))  # unequal prompts, one without a picture
+GROUPED = Shape(kv_heads=2)
+
+
+def some_reply(rows: int, seed: int = 3, steps: int = 4) -> Tensor:
+    """Tokens to force, [rows, steps]."""
+    return torch.randint(5, 199, (rows, steps), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model: Any, inputs: dict[str, Tensor], method: Method | None, forced: Tensor) -> Any:
+    """The reference loop along `forced`, with logits."""
+    return dyrate_lib.generate(model, inputs, method, forced_tokens=forced, return_logits=True, engine="reference")
+
+
+def two_pictures() -> dict[str, Tensor]:
+    """A prompt with two pictures of 6 x 6 tokens, and text between and behind them."""
+    batch, n = random_batch(6, [(0, 3, True), (0, 5, True)], seed=4), 36
+    ids = torch.cat((batch["input_ids"][0, -3 - n - 1 :], batch["input_ids"][1, 1:]))[None]
+    assert int((ids == IMAGE).sum()) == 2 * n and ids[0, 0] == BOS
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": batch["pixel_values"]}

@@ -34,6 +34,7 @@ from dyrate_lib.models import Adapter
 from tests.contract import (
     GREEDY,
     IMAGE,
+    ROWS,
     Shape,
     cases,
     kv_lengths,
@@ -48,7 +49,6 @@ from tests.test_hooks import fingerprint
 
 TOLERANCE = 1e-4
 N = 36
-ROWS = ((3, 5, True), (1, 12, True), (0, 4, False))  # unequal prompts, one without a picture
 STEPS = 3
 
 every_method = pytest.mark.parametrize("name", cases())

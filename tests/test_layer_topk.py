@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -20,12 +21,11 @@ from dyrate_lib.evaluate import beam_records, describe
 from dyrate_lib.layerwise_decoder import attend_top
 from dyrate_lib.masks import IMG
 from dyrate_lib.models import Adapter, model_info
-from tests.contract import BOS, IMAGE, Shape, one_row, random_batch, small_model
+from tests.contract import GROUPED, ROWS, Shape, one_row, random_batch, run, small_model, some_reply, two_pictures
 from tests.tiny_families import FAMILIES, model_of
 
 LAYERS, N, STEPS = 8, 36, 4
-ROWS = ((3, 5, True), (1, 12, True), (0, 4, False))  # unequal prompts, one without a picture
-GROUPED = Shape(kv_heads=2)
+reply = functools.partial(some_reply, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +36,6 @@ def model():
 @pytest.fixture(scope="module")
 def padded():
     return random_batch(6, ROWS)
-
-
-def reply(rows, seed=3, steps=STEPS):
-    return torch.randint(5, 199, (rows, steps), generator=torch.Generator().manual_seed(seed))
-
-
-def run(model, inputs, method, forced):
-    return generate(model, inputs, method, forced_tokens=forced, return_logits=True, engine="reference")
-
-
-def two_pictures():
-    """A prompt with two pictures and text between and behind them."""
-    batch = random_batch(6, [(0, 3, True), (0, 5, True)], seed=4)
-    ids = torch.cat((batch["input_ids"][0, -3 - N - 1 :], batch["input_ids"][1, 1:]))[None]
-    assert int((ids == IMAGE).sum()) == 2 * N and ids[0, 0] == BOS
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": batch["pixel_values"]}
 
 
 # -- against a loop that is written out -------------------------------------------------------------------------------------
